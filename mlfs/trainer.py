@@ -1,0 +1,514 @@
+"""`MLFSTrainer`: the three stages of MLFS (arXiv 2404.01353) as a transformers Trainer.
+
+`train()` runs one ordinary Trainer run per stage, each with its own optimizer and schedule, in `output_dir/stage-S`:
+checkpoints while it runs, the saved super-transformer once it is done. `output_dir` itself holds the newest one done.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
+
+from mlfs.arguments import MLFSArguments
+from mlfs.checkpoint import CONFIG_NAME, read_state, restore, write_json
+from mlfs.distillation import Distiller
+from mlfs.errors import MLFSError
+from mlfs.families import Embedding, Family, LayerNorm, RMSNorm
+from mlfs.ordering import importance, permutation_of
+from mlfs.palette import latency, size_on_disk
+from mlfs.subnet import SearchSpace, Subnet
+from mlfs.supernet import SuperTransformer
+
+logger = logging.get_logger("transformers.mlfs")
+_DISTILLER = "projections.safetensors"
+
+
+class MLFSTrainer(Trainer):
+    """Trains a super-transformer; everything a `transformers.Trainer` takes and does.
+
+    Args:
+        model: a `SuperTransformer`, or a transformers model to make one of (with `space` and the rank of `args`).
+        args: the options.
+        space: the sizes on offer, if `model` is not a SuperTransformer yet.
+        **kwargs: of `transformers.Trainer`; `optimizers` and `model_init` are not taken, each stage makes its own.
+
+    Raises:
+        MLFSError: options that do not fit together or the model.
+    """
+
+    args: MLFSArguments
+
+    def __init__(
+        self,
+        model: SuperTransformer | PreTrainedModel,
+        args: MLFSArguments | None = None,
+        space: SearchSpace | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = MLFSArguments() if args is None else args
+        for name in ("optimizers", "model_init"):
+            if kwargs.get(name) not in (None, (None, None)):
+                raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
+        if args.n_gpu > 1:
+            raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
+        if isinstance(model, SuperTransformer):
+            self.supernet = model
+        else:
+            self.supernet = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
+        if max(args.stages_to_train) >= self.supernet.stages:
+            raise MLFSError(
+                f"stages_to_train={args.stages_to_train}, but the super-transformer has {self.supernet.stages} stages"
+            )
+        super().__init__(model=self.supernet.model, args=args, **kwargs)
+        config = self.supernet.model.config
+        self.causal = type(self.supernet.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        problem = getattr(config, "problem_type", None)
+        self.regression = problem == "regression" or (problem is None and getattr(config, "num_labels", 2) == 1)
+        self.multi_label = problem == "multi_label_classification"
+        if not self.causal:
+            # Their losses are means over the batch, whatever number of items they are told of.
+            self.model_accepts_loss_kwargs = False
+        dims = self.supernet.dimensions
+        self.distiller = Distiller(
+            dims.hidden,
+            dims.layers,
+            args.distill_alpha,
+            args.distill_beta,
+            args.temperature,
+            args.projection_size,
+            args.projection == "learned",
+            args.seed,
+            _has_final_norm(self.supernet.family),
+        ).to(self.supernet.model.device)
+        self.stage = args.stages_to_train[0]
+        self.palette = self._palette()
+        self._step_offset = 0  # optimizer steps of the stages before
+        self._draws = (-1, 0)  # (global step, batches seen within it)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.args.output_dir or ".")
+
+    # ---- the stages ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """Runs the stages of `args.stages_to_train`.
+
+        Args:
+            resume_from_checkpoint: True goes on in `output_dir` from the last whole checkpoint, or from the start if
+                there is none; a path names the run folder, or one checkpoint in it.
+        """
+        run, checkpoint = self._resume_point(resume_from_checkpoint)
+        settings = {name: getattr(self.args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
+        history: list[dict[str, Any]] = []
+        metrics: dict[str, float] = {}
+        output, self._step_offset = TrainOutput(0, 0.0, {}), 0
+        try:
+            for stage in self.args.stages_to_train:
+                self.stage = stage
+                folder = self._stage_folder(run)
+                if resume_from_checkpoint and (checkpoint is None or checkpoint.parent != folder) and _is_saved(folder):
+                    restore(self.supernet, folder)
+                    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                    history += state["log_history"]
+                    self._step_offset += state["global_step"]
+                    continue
+                here = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
+                self._enter_stage(settings, fresh=here is None)
+                output = super().train(resume_from_checkpoint=str(here) if here else None, **kwargs)
+                self._leave_stage()
+                history += self.state.log_history
+                metrics |= {f"stage_{stage}_{key}": value for key, value in output.metrics.items()}
+                self._step_offset += self.state.global_step
+        finally:
+            for name, value in settings.items():
+                setattr(self.args, name, value)
+            self.supernet.fold(0)
+        self.state.log_history = history
+        if self.args.should_save:
+            write_json(self.run_folder / "log_history.json", history)
+        return TrainOutput(self._step_offset, output.training_loss, metrics)
+
+    def _enter_stage(self, settings: Mapping[str, Any], fresh: bool) -> None:
+        args, stage = self.args, self.stage
+        args.learning_rate = args.of_stage("stage_learning_rates", stage, settings["learning_rate"])
+        args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
+        steps = args.of_stage("stage_steps", stage, None)
+        args.max_steps = int(steps) if steps else -1 if args.stage_epochs else settings["max_steps"]
+        # Seeded per stage, a stage runs the same whether the one before ran in this process or in an earlier one.
+        set_seed(args.seed + stage)
+        self.supernet.fold(0)
+        self.supernet.train_stage(None)
+        if fresh and stage > 0 and args.order != "none" and not self.supernet.permutation:
+            self._order()
+        self.supernet.train_stage(stage, head=args.train_head, norms=args.train_norms)
+        self.supernet.fold(stage if args.fold_stages else 0)
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.supernet.model
+        set_seed(args.seed + stage)
+
+    def _leave_stage(self) -> None:
+        # autocast and the like are put on `forward` by accelerate, once per run
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("forward", None)
+        self.supernet.fold(0)
+        folder = self._stage_folder(self.run_folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        # the stage counts as done from here on: mlfs.json is written last
+        self.save_model(str(folder), _internal_call=True)
+        self.save_model(self.args.output_dir, _internal_call=True)
+        self.accelerator.wait_for_everyone()
+
+    def _order(self) -> None:
+        batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
+        prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
+        scores = importance(self.supernet, self.args.order, prepared)  # type: ignore[arg-type]
+        if self.accelerator.num_processes > 1:  # each process saw its own batches; all need one order
+            for key in sorted(scores, key=str):
+                total = scores[key].to(self.args.device)
+                dist.all_reduce(total)
+                scores[key] = total.cpu()
+        self.supernet.apply_permutation(permutation_of(scores))
+
+    # ---- one iteration ------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """K subnets on one batch, maxnet first: its outputs are the teacher's. Returns the weighted loss, detached."""
+        self._set_mode(model)
+        inputs = self._prepare_inputs(inputs)
+        subnets = self.draw_subnets()
+        weights = self.loss_weights(subnets)
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        divisor = 1 if scaled else self.current_gradient_accumulation_steps
+        teaches = len(subnets) > 1
+        total, teacher, losses = torch.zeros((), device=self.args.device), None, []
+        with self._without_sync(model):
+            for subnet, weight in zip(subnets, weights, strict=True):
+                batch = dict(inputs)
+                if teaches and self.distiller.uses_features:
+                    batch["output_hidden_states"] = True
+                # the backward pass may recompute: it stays inside
+                with self.supernet.activate(subnet):
+                    with self.compute_loss_context_manager():
+                        loss, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
+                        parts = {"loss": loss.detach()}
+                        if teacher is None:
+                            teacher = _detached(outputs)
+                        else:
+                            share = self._share(inputs, num_items_in_batch) if scaled else 1.0
+                            kinds = {"causal": self.causal, "regression": self.regression}
+                            loss, parts = self.distiller(
+                                subnet, loss, outputs, teacher, inputs, share, **kinds, multi_label=self.multi_label
+                            )
+                            parts["loss"] = loss.detach()
+                    self.accelerator.backward(loss * (weight / divisor))
+                losses.append(parts["loss"])
+                total = total + parts["loss"] * (weight / divisor)
+                self._record("max" if subnet is subnets[0] else "min" if subnet == self._min else "rest", parts)
+        if not torch.isfinite(total):
+            self._stop_at_nan(subnets, losses)
+        self._sum_gradients()
+        return total.detach()
+
+    def draw_subnets(self) -> list[Subnet]:
+        """The subnets of this iteration: maxnet, then (sandwich) the smallest, then random ones; maxnet alone in
+        stage 0. The same in every process and after resuming: drawn from seed, stage, step and batch."""
+        step, seen = self._draws
+        seen = seen + 1 if step == self.state.global_step else 0
+        self._draws = (self.state.global_step, seen)
+        space, count = self.supernet.space, self.args.subnets_per_step
+        if self.stage == 0 or count == 1:
+            return [space.max]
+        key = f"{self.args.seed}/{self.stage}/{self.state.global_step}/{seen}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        fixed = [space.max, self._min] if self.args.subnet_sampling == "sandwich" else [space.max]
+        random = [space.sample(generator, depths=self.stage == 2) for _ in range(count - len(fixed))]
+        return fixed[:count] + random
+
+    def loss_weights(self, subnets: list[Subnet]) -> list[float]:
+        """(n_1 / n_j)^γ of each subnet, normalised as `gamma_normalization` says."""
+        used = [max(self.supernet.count_trainable(subnet), 1) for subnet in subnets]
+        weights = [(used[0] / n) ** self.args.gamma for n in used]
+        divisor = {"weights": sum(weights), "count": float(len(weights)), "none": 1.0}[self.args.gamma_normalization]
+        return [weight / divisor for weight in weights]
+
+    @property
+    def _min(self) -> Subnet:
+        space = self.supernet.space
+        return (
+            space.min if self.stage == 2 else Subnet(space.hidden[-1], space.heads[-1], space.ffn[-1], space.layers[0])
+        )
+
+    def _set_mode(self, model: nn.Module) -> None:
+        model.train()
+        if callable(to_train := getattr(self.optimizer, "train", None)):
+            to_train()
+        if self.stage not in self.args.dropout_stages:
+            for module in model.modules():
+                # what may recompute its activations asks `training` whether to
+                if not hasattr(module, "gradient_checkpointing"):
+                    module.training = False
+
+    def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
+        labels = inputs["labels"]
+        mine = (labels[:, 1:] if self.causal else labels).ne(-100).sum()
+        share = mine / num_items_in_batch
+        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
+
+    def _without_sync(self, model: nn.Module) -> Any:
+        # A subnet leaves parameters out, which DistributedDataParallel does not expect: gradients are summed here.
+        return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()  # type: ignore[operator]
+
+    def _sum_gradients(self) -> None:
+        if self.accelerator.num_processes == 1 or not self.accelerator.sync_gradients:
+            return
+        assert self.optimizer is not None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        flat /= self.accelerator.num_processes
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter).clone()
+
+    def _stop_at_nan(self, subnets: list[Subnet], losses: list[Tensor]) -> None:
+        bad = next((s for s, loss in zip(subnets, losses, strict=True) if not torch.isfinite(loss)), subnets[0])
+        last = last_checkpoint(self._stage_folder(self.run_folder))
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
+        raise MLFSError(
+            f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet {bad}; "
+            f"{kept}. Resume from it with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
+        )
+
+    # ---- optimizer, logs, evaluation ----------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer over what trains in this stage, learned projections included."""
+        optimizer = super().create_optimizer(model)
+        projections = [p for p in self.distiller.parameters() if p.requires_grad]
+        if projections and self.stage > 0:
+            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the stage and the mean losses of maxnet, minnet and the rest; steps count on through the stages."""
+        if "loss" in logs:
+            for key, value in sorted(self._sums.items()):
+                logs[key] = (value / self._counts[key]).item()
+            self._sums, self._counts = {}, {}
+        if self.is_in_train:
+            logs["stage"] = self.stage
+        self.state.global_step += self._step_offset
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state.global_step -= self._step_offset
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluates every subnet of the palette (in stage 0, the full model).
+
+        Returns:
+            `eval_NAME_METRIC`, `eval_NAME_parameters` and `eval_NAME_latency` (seconds a batch) of each subnet, and
+            `eval_METRIC`, the mean over the palette, for `metric_for_best_model`.
+        """
+        if isinstance(eval_dataset or self.eval_dataset, dict):
+            raise MLFSError("several evaluation sets at once are not supported: call evaluate for each")
+        loader = self.get_eval_dataloader(eval_dataset)
+        palette = {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
+        sample = self._prepare_inputs(dict(next(iter(loader))))
+        metrics: dict[str, float] = {}
+        shared: dict[str, list[float]] = {}
+        for name, subnet in palette.items():
+            prefix = f"{metric_key_prefix}_{name}"
+            with self.supernet.activate(subnet):
+                output = self.evaluation_loop(
+                    loader,
+                    description=f"Evaluation of {name} ({subnet})",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=[*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"],
+                    metric_key_prefix=prefix,
+                )
+                found = {k.removeprefix(f"{prefix}_"): v for k, v in (output.metrics or {}).items()}
+                found.pop("model_preparation_time", None)
+                for key, value in found.items():
+                    if isinstance(value, (int, float)):
+                        shared.setdefault(key, []).append(float(value))
+                found["latency"] = latency(self.model, sample)
+            found["parameters"] = self.supernet.count_parameters(subnet)
+            found["bytes"] = size_on_disk(self.supernet, subnet)
+            metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
+        metrics |= {
+            f"{metric_key_prefix}_{key}": sum(v) / len(v) for key, v in shared.items() if len(v) == len(palette)
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def results(self, metrics: Mapping[str, float], metric_key_prefix: str = "eval") -> list[dict[str, Any]]:
+        """What `evaluate` returned, one row for each subnet: for a table, or for JSON."""
+        rows = []
+        for name, subnet in self.palette.items():
+            prefix = f"{metric_key_prefix}_{name}_"
+            # of two names one may begin with the other: the longest that fits owns the key
+            longer = [f"{metric_key_prefix}_{n}_" for n in self.palette if n != name and n.startswith(f"{name}_")]
+            found = {
+                k.removeprefix(prefix): v
+                for k, v in metrics.items()
+                if k.startswith(prefix) and not k.startswith(tuple(longer))
+            }
+            if found:
+                rows.append({"name": name, "subnet": str(subnet), "sizes": subnet.to_dict(), **found})
+        return rows
+
+    def _palette(self) -> dict[str, Subnet]:
+        if self.args.palette is None:
+            return self.supernet.space.palette()
+        named = {name: Subnet.from_dict(value) for name, value in json.loads(self.args.palette).items()}
+        for subnet in named.values():
+            self.supernet.space.check(subnet)
+        return named
+
+    def _record(self, who: str, parts: Mapping[str, Tensor]) -> None:
+        for key, value in parts.items():
+            name = f"{who}_{key}"
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _stage_folder(self, run: Path) -> Path:
+        return run / f"stage-{self.stage}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if trial is not None:
+            raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
+        return str(self._stage_folder(self.run_folder))
+
+    def _resume_point(self, resume: str | bool | None) -> tuple[Path, Path | None]:
+        """The run folder to go on in, and the newest whole checkpoint of its first unfinished stage."""
+        run = self.run_folder
+        if not resume:
+            return run, None
+        if isinstance(resume, str):
+            given = Path(resume)
+            if not given.is_dir():
+                raise MLFSError(
+                    f"resume_from_checkpoint={resume}: no such folder; give a run folder or a checkpoint in it"
+                )
+            if given.name.startswith(PREFIX_CHECKPOINT_DIR):
+                if not _is_whole(given):
+                    raise MLFSError(
+                        f"checkpoint {given} is half-written: resume from the run folder, it finds a whole one"
+                    )
+                return given.parent.parent, given
+            run = given
+        for stage in self.args.stages_to_train:
+            folder = run / f"stage-{stage}"
+            if not _is_saved(folder):
+                return run, last_checkpoint(folder)
+        return run, None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, MLFSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(folder.parent)
+            kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint of this stage exists"
+            raise MLFSError(f"could not save {folder}: {error}; {kept}. Free some disk space, then resume") from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        path = Path(output_dir or self.run_folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(p.requires_grad for p in self.distiller.parameters()):
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self.distiller.named_parameters()}, path / _DISTILLER
+            )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(path)
+        (path / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        self.supernet.save_pretrained(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint)
+        restore(self.supernet, path)
+        if (path / _DISTILLER).exists():
+            self.distiller.load_state_dict(load_file(path / _DISTILLER))
+        self.supernet.train_stage(self.stage, head=self.args.train_head, norms=self.args.train_norms)
+        self.supernet.fold(self.stage if self.args.fold_stages else 0)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
+        self._load_from_checkpoint(str(best))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage that was written whole; None if there is none."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit():
+            found.append((int(number), path))
+    for _, path in sorted(found, reverse=True):
+        if _is_whole(path):
+            return path
+        logger.warning(f"{path} is half-written and is passed over.")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether everything was written: the Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return (checkpoint / read_state(checkpoint)["tensors"]["file"]).is_file()
+    except (OSError, ValueError, MLFSError):
+        return False
+
+
+def _is_saved(stage_folder: Path) -> bool:
+    return (stage_folder / CONFIG_NAME).is_file() and (stage_folder / TRAINER_STATE_NAME).is_file()
+
+
+def _has_final_norm(family: Family) -> bool:
+    """Whether a norm follows the last layer: one beside the layers, in a family whose embeddings have none."""
+    norms = [name for name, spec in family.outer.items() if isinstance(spec, (LayerNorm, RMSNorm))]
+    embeddings = [name.rpartition(".")[0] for name, spec in family.outer.items() if isinstance(spec, Embedding)]
+    return any(not name.rpartition(".")[0] or name.rpartition(".")[0] not in embeddings for name in norms)
+
+
+def _detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    def detach(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return tuple(detach(v) for v in value) if isinstance(value, tuple) else value
+
+    return {key: detach(value) for key, value in outputs.items() if key != "past_key_values"}
