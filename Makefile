@@ -17,7 +17,7 @@ demo: $(STAMP) ## train a small palette of models and take one out
 	$(BIN)/mlfs demo $(ARGS)
 
 test: $(STAMP) ## run the tests, docstring examples included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -108,6 +108,7 @@ def train_palette(
     output_metrics = trainer.train().metrics
     seconds = time.perf_counter() - start
     rows = {row["subnet"]: row["accuracy"] for row in trainer.results(trainer.evaluate())}
+    result["parameters"] = {str(size): supernet.count_parameters(size) for size in SIZES}
     result["mlfs"] = {
         "seconds": seconds,
         "stage_seconds": [output_metrics[f"stage_{s}_train_runtime"] for s in range(3)],

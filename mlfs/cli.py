@@ -242,3 +242,7 @@ def _hide_rare(parser: argparse.ArgumentParser, kind: type) -> None:
     for action in parser._actions:
         if action.dest in rare or (action.dest.startswith("no_") and action.dest not in kind.__annotations__):
             action.help = argparse.SUPPRESS
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -41,6 +41,12 @@ def make_elastic(
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
+    layers = model.base_model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for path in family.sizes:
+        owner, _, attribute = path.rpartition(".")
+        if not hasattr(layers[0].get_submodule(owner), attribute):
+            raise MLFSError(f"the table of family {family.model_type!r} names {path}, which its layers do not have")
     for parameter in model.parameters():
         if not any(parameter is own for module in elastic.values() if module.owned for own in module.parameters()):
             parameter.requires_grad_(False)
@@ -50,8 +56,6 @@ def make_elastic(
     for name, module in elastic.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
-    layers = model.base_model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
     for i, block in enumerate(layers):
         _follow(block, scope, {}, layer=i)
         by_owner: dict[str, dict[str, Extent]] = {}
@@ -126,7 +130,7 @@ def _make(
         extents = [_extent(axis, dims, layer, spec.per_head) for axis in writes if axis is not None]
         linear.bind(scope, *extents, reads=_extent(spec.reads, dims, layer) if spec.reads else None)
         return linear
-    if isinstance(spec, Embedding) and isinstance(module, nn.Embedding):
+    if isinstance(spec, Embedding) and type(module) is nn.Embedding:
         made = ElasticEmbedding.from_embedding(module)
     elif isinstance(spec, LayerNorm) and isinstance(module, nn.LayerNorm):
         made = ElasticLayerNorm.from_layer_norm(module)

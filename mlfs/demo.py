@@ -69,7 +69,7 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
         learning_rate=1e-3,
         lr_scheduler_type="linear",
         warmup_steps=10,
-        order_batches=30,
+        order_batches=30 if steps is None else max(min(steps, 30), 2),
         logging_steps=25,
         save_strategy="no",
         eval_strategy="no",

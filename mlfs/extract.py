@@ -74,7 +74,7 @@ def extract(supernet: "SuperTransformer", subnet: Subnet) -> PreTrainedModel:
         near = nearest_expressible(subnet, supernet.space, family, dims)
         # Saved anyway, it would load as a model with other sizes and random weights.
         refuse = functools.partial(_refuse, message=why_inexpressible(subnet, family, near))
-        small.save_pretrained = small.push_to_hub = refuse  # type: ignore[method-assign]
+        vars(small).update(save_pretrained=refuse, push_to_hub=refuse)
     return small
 
 

@@ -1,6 +1,6 @@
 """Model families as data: where a family's layers are, and which axis each module's input and output follow.
 
-To add one, add an entry to `FAMILIES` (docs: "Add a family" in the README). Nothing about a family is written anywhere
+To add one, add an entry to `FAMILIES` (guide: docs/add_a_family.md). Nothing about a family is written anywhere
 else. Names are relative to the base model (`model.base_model`), except those of `heads`, relative to the whole model.
 """
 

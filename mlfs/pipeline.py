@@ -41,7 +41,7 @@ class ModelArguments:
     space: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [[...], ...] or counts}, "
+            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [counts or lists]}; "
             "largest first. Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
             "all layers and every other one."
         },

@@ -45,6 +45,7 @@ class SuperTransformer(nn.Module):
         base_name: str | None = None,
     ) -> None:
         super().__init__()
+        self.training = model.training
         self.family = family_of(model.config)
         self.dimensions = dimensions(model.config, self.family)
         self.space = self.dimensions.default_space() if space is None else space

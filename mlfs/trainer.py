@@ -300,7 +300,7 @@ class MLFSTrainer(Trainer):
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
         raise MLFSError(
             f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet {bad}; "
-            f"{kept}. Resume from it with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
+            f"{kept}. Resume with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
         )
 
     # ---- optimizer, logs, evaluation ----------------------------------------------------------------------------

@@ -46,5 +46,3 @@ def test_two_processes_train_what_one_does(order: str, tmp_path: Path) -> None:
         for name in first:
             assert torch.allclose(first[name], alone[name], rtol=1e-4, atol=1e-6), name
         assert any("lora_B.2" in name and value.abs().max() > 0 for name, value in first.items())
-
-

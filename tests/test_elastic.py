@@ -291,7 +291,10 @@ def test_train_stage_leaves_other_modules_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ElasticLinear.from_linear(nn.Linear(8, 12), rank=9), "rank=9, .* 12 x 8 layer: expected 0 <= rank <= 8"),
+        (
+            lambda: ElasticLinear.from_linear(nn.Linear(8, 12), rank=9),
+            "rank=9, .* 12 x 8 layer: expected 0 <= rank <= 8",
+        ),
         (lambda: ElasticLinear.from_linear(nn.Linear(12, 8), rank=9), "rank=9, .* 8 x 12 layer: .*choose a lower rank"),
         (lambda: ElasticLinear.from_linear(nn.Linear(8, 12), rank=-1), "rank=-1"),
         (lambda: ElasticLinear.from_linear(nn.Linear(8, 12), rank=2, stages=-1), "stages=-1"),

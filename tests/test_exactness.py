@@ -49,9 +49,7 @@ def test_maxnet_with_fresh_adapters_is_the_original_bit_for_bit(name, suffix, dt
                 assert torch.equal(logits_of(supernet(**inputs(side))), expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 @every_model
 def test_extracted_model_gives_the_active_subnets_logits(name, suffix, dtype, tolerance):
     supernet = elastic(name, suffix, dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlfs import MLFSError, Subnet, SuperTransformer
+from mlfs import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, MLFSError, Subnet, SuperTransformer
 from mlfs.ordering import compose, importance, permutation_of
 from tests.models import CASES, PAD, VOCABULARY, all_models, inputs, logits_of, make
 from tests.supernets import distance, elastic, space_of, subnets_of
@@ -103,8 +103,6 @@ def test_order_undone_restores_every_weight_bit_for_bit(name, suffix):
 
 def amplify(supernet: SuperTransformer, axis: str, layer: int | None, unit: int, factor: float) -> None:
     """Makes one unit matter: enlarges what reads it (and, along hidden, what every norm lets through of it)."""
-    from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
-
     dims = supernet.dimensions
     for module in supernet.elastic():
         if isinstance(module, ElasticLinear) and module._reads:
@@ -147,11 +145,9 @@ def test_magnitude_is_the_sum_of_squares_of_what_reads_or_writes_a_unit(name, su
     assert set(scores) == {("hidden", None), *((axis, i) for axis in ("heads", "ffn") for i in range(4))}
     unit = {key: min(3, len(scores[key]) - 1) for key in scores}
     for key in scores:
-        # The derivative of the sum of squares by scaling what touches the unit is twice its score.
-        axis, layer = key
-        width = dims.head_dim * dims.group if axis == "heads" else 1
+        width = dims.head_dim * dims.group if key[0] == "heads" else 1
         for module in supernet.elastic():
-            if not hasattr(module, "merged"):
+            if not isinstance(module, ElasticLinear):
                 continue
             matrix = module.merged()
             if module._reads and (module._reads.axis, module._reads.layer) == key:
@@ -168,7 +164,9 @@ def test_magnitude_is_the_sum_of_squares_of_what_reads_or_writes_a_unit(name, su
         assert scores[key][unit[key]].item() == pytest.approx(expected[key], rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("bert", "ForSequenceClassification"), ("llama", "ForSequenceClassification")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("bert", "ForSequenceClassification"), ("llama", "ForSequenceClassification")]
+)
 def test_gradient_score_is_the_effect_of_removing_a_unit_to_first_order(name, suffix):
     """For one batch of one sequence: |Σ x ∂L/∂x| is |dL/dg| of a gate g on the unit's output."""
     supernet = elastic(name, suffix, torch.float64)

@@ -1,6 +1,7 @@
 """The values that say what runs: what they accept, refuse, say, and how they are drawn."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -165,7 +166,10 @@ def test_bad_space_is_refused(arguments, message):
         ({"hidden": [48]}, "a search space needs the keys"),
         ([48], "a search space needs the keys"),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2], "depth": 3}, "a search space needs the keys"),
-        ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, [0]]}, "expected lists of layer indices, or all counts"),
+        (
+            {"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, [0]]},
+            "expected lists of layer indices, or all counts",
+        ),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, 3]}, "cannot keep 3 of 2 layers"),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, 0]}, "cannot keep 0 of 2 layers"),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": 2}, "layers=2: expected"),
@@ -269,7 +273,7 @@ def test_evenly_spaced_layers_start_at_the_first_and_leave_like_gaps(case):
     layers, kept = case
     chosen = evenly_spaced(layers, kept)
     assert len(chosen) == kept and chosen[0] == 0 and chosen[-1] < layers
-    gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(chosen)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -281,7 +285,10 @@ def space(**sizes) -> SearchSpace:
     ("sizes", "message"),
     [
         (dict(heads=(6, 3)), "heads=3 is not a whole number of groups: 6 query heads share 3 key-value heads, .* of 2"),
-        (dict(hidden=(96, 48)), "the space's hidden is larger than the model: its first choice is 96, the model has 48"),
+        (
+            dict(hidden=(96, 48)),
+            "the space's hidden is larger than the model: its first choice is 96, the model has 48",
+        ),
         (dict(heads=(8, 6)), "the space's heads is larger than the model: its first choice is 8, the model has 6"),
         (dict(ffn=(80, 40)), "the space's ffn is larger than the model: its first choice is 80, the model has 40"),
         (dict(hidden=(32, 16)), "the space's hidden does not start at the full model: .* 32, the model has 48"),
@@ -303,7 +310,12 @@ def test_one_shared_key_value_head_allows_any_number_of_heads():
 
 
 @given(
-    st.integers(1, 12), st.integers(1, 8), st.integers(1, 16), st.integers(1, 512), st.integers(1, 40), st.integers(0, 99)
+    st.integers(1, 12),
+    st.integers(1, 8),
+    st.integers(1, 16),
+    st.integers(1, 512),
+    st.integers(1, 40),
+    st.integers(0, 99),
 )
 def test_default_space_fits_every_model(groups, group, head_dim, ffn, layers, odd):
     heads = groups * group

