@@ -98,7 +98,7 @@ def train_palette(
     }
     args = MLFSArguments(
         output_dir="runs/palette_quality", seed=seed, per_device_train_batch_size=32, per_device_eval_batch_size=32,
-        logging_steps=25, save_strategy="no", report_to=[], **settings,
+        logging_steps=25, save_strategy="no", report_to=[], overwrite_run=True, **settings,
     )  # fmt: skip
     start = time.perf_counter()
     trainer = MLFSTrainer(

@@ -61,6 +61,7 @@ class MLFSArguments(TrainingArguments):
     fold_stages: bool = _option(
         True, "Merge frozen earlier stages into an fp32 copy of the base while a later one trains."
     )
+    overwrite_run: bool = _option(False, "Start anew in an output_dir that holds a run: its stages are deleted.")
     palette: str | None = _option(
         None, "JSON object of name: subnet, shown at each evaluation. Default: max, min and two between."
     )

@@ -73,7 +73,7 @@ def save(supernet: SuperTransformer, path: Path) -> None:
             "Free some disk space, or save elsewhere"
         ) from error
     # The state before this one, and what saves that were cut off left behind.
-    for stale in (*path.glob("stages-????????.safetensors"), *path.glob(".tmp-*")):
+    for stale in (p for kind in ("stages-????????", ".tmp-*") for p in path.glob(f"{kind}.safetensors")):
         if stale.name != name:
             stale.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
+from mlfs.families import Embedding, Family, LayerNorm, RMSNorm
 from mlfs.ops.distill import divergence, feature_distance
 from mlfs.subnet import Subnet
 
@@ -128,3 +129,21 @@ def token_mask(logits: Tensor, labels: Tensor | None, attention: Tensor | None, 
 
 def _with_zero(logits: Tensor) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+
+
+def has_final_norm(family: Family) -> bool:
+    """Whether a norm follows the last layer: one beside the layers, in a family whose embeddings have none."""
+    norms = [name for name, spec in family.outer.items() if isinstance(spec, (LayerNorm, RMSNorm))]
+    embeddings = [name.rpartition(".")[0] for name, spec in family.outer.items() if isinstance(spec, Embedding)]
+    return any(not name.rpartition(".")[0] or name.rpartition(".")[0] not in embeddings for name in norms)
+
+
+def detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Model outputs without their graph, and without the key-value cache."""
+
+    def detach(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return tuple(detach(v) for v in value) if isinstance(value, tuple) else value
+
+    return {key: detach(value) for key, value in outputs.items() if key != "past_key_values"}

@@ -33,9 +33,8 @@ class Elastic(nn.Module):
         self._template = (_without_parameters(module),)  # in a tuple: not a submodule
         self._scope: Scope | None = None
         self._extents: tuple[Extent, ...] = ()
-        self.owned = (
-            False  # its base weights belong to the run (a task head, a norm that trained) and are saved with it
-        )
+        # Whether its base weights belong to the run (a task head, a norm that trained) and are saved with it.
+        self.owned = False
 
     def bind(self, scope: Scope, *extents: Extent) -> None:
         """Lets the active subnet of `scope` give the sizes, along one axis for each fused part."""

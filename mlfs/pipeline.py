@@ -179,12 +179,15 @@ def evaluate(run: Path, subnet: str, data: DataArguments | None, batch_size: int
     supernet, tokenizer = load_run(run)
     chosen = find_subnet(supernet, subnet, run)
     recorded, id2label = load_data_arguments(run)
-    if data is None:
-        data = recorded
-    else:  # what was not said again is as it was in training
+    settings = asdict(recorded)
+    if data is not None:  # what is not said again is as it was in training
         named = {k: v for k, v in asdict(data).items() if v != getattr(DataArguments(), k)}
-        data = DataArguments(**asdict(recorded) | {"train_file": None, "dataset_name": None} | named)
-    data = DataArguments(**asdict(data) | ({"train_file": None} if data.validation_file else {}))
+        if named.keys() & {"validation_file", "dataset_name"}:
+            settings |= {"train_file": None, "validation_file": None, "dataset_name": None}
+        settings |= named
+    if settings["validation_file"]:
+        settings["train_file"] = None
+    data = DataArguments(**settings)
     raw = load_raw(data, id2label)
     if raw.validation is None:
         raise MLFSError("no validation data: give --validation_file")

@@ -24,12 +24,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from mlfs.arguments import MLFSArguments
-from mlfs.checkpoint import CONFIG_NAME, read_state, restore, write_json
-from mlfs.distillation import Distiller
+from mlfs.checkpoint import restore, write_json
+from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.errors import MLFSError
-from mlfs.families import Embedding, Family, LayerNorm, RMSNorm
 from mlfs.ordering import importance, permutation_of
 from mlfs.palette import latency, size_on_disk
+from mlfs.runs import is_saved, is_whole, last_checkpoint
 from mlfs.subnet import SearchSpace, Subnet
 from mlfs.supernet import SuperTransformer
 
@@ -92,7 +92,7 @@ class MLFSTrainer(Trainer):
             args.projection_size,
             args.projection == "learned",
             args.seed,
-            _has_final_norm(self.supernet.family),
+            has_final_norm(self.supernet.family),
         ).to(self.supernet.model.device)
         self.stage = args.stages_to_train[0]
         self.palette = self._palette()
@@ -116,6 +116,8 @@ class MLFSTrainer(Trainer):
                 there is none; a path names the run folder, or one checkpoint in it.
         """
         run, checkpoint = self._resume_point(resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            self._make_room()
         settings = {name: getattr(self.args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
@@ -124,7 +126,7 @@ class MLFSTrainer(Trainer):
             for stage in self.args.stages_to_train:
                 self.stage = stage
                 folder = self._stage_folder(run)
-                if resume_from_checkpoint and (checkpoint is None or checkpoint.parent != folder) and _is_saved(folder):
+                if resume_from_checkpoint and (checkpoint is None or checkpoint.parent != folder) and is_saved(folder):
                     restore(self.supernet, folder)
                     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
                     history += state["log_history"]
@@ -214,7 +216,7 @@ class MLFSTrainer(Trainer):
                         loss, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
                         parts = {"loss": loss.detach()}
                         if teacher is None:
-                            teacher = _detached(outputs)
+                            teacher = detached(outputs)
                         else:
                             share = self._share(inputs, num_items_in_batch) if scaled else 1.0
                             kinds = {"causal": self.causal, "regression": self.regression}
@@ -421,7 +423,7 @@ class MLFSTrainer(Trainer):
                     f"resume_from_checkpoint={resume}: no such folder; give a run folder or a checkpoint in it"
                 )
             if given.name.startswith(PREFIX_CHECKPOINT_DIR):
-                if not _is_whole(given):
+                if not is_whole(given):
                     raise MLFSError(
                         f"checkpoint {given} is half-written: resume from the run folder, it finds a whole one"
                     )
@@ -429,9 +431,22 @@ class MLFSTrainer(Trainer):
             run = given
         for stage in self.args.stages_to_train:
             folder = run / f"stage-{stage}"
-            if not _is_saved(folder):
+            if not is_saved(folder):
                 return run, last_checkpoint(folder)
         return run, None
+
+    def _make_room(self) -> None:
+        """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
+        folders = [self.run_folder / f"stage-{stage}" for stage in self.args.stages_to_train]
+        if not (taken := [folder for folder in folders if folder.exists()]) or not self.args.should_save:
+            return
+        if not self.args.overwrite_run:
+            raise MLFSError(
+                f"{self.run_folder} holds a run already ({taken[0].name}): go on with resume_from_checkpoint=True, "
+                "choose another output_dir, or delete it with overwrite_run=True"
+            )
+        for folder in taken:
+            shutil.rmtree(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -469,46 +484,3 @@ class MLFSTrainer(Trainer):
         best = self.state.best_model_checkpoint
         logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
         self._load_from_checkpoint(str(best))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that was written whole; None if there is none."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit():
-            found.append((int(number), path))
-    for _, path in sorted(found, reverse=True):
-        if _is_whole(path):
-            return path
-        logger.warning(f"{path} is half-written and is passed over.")
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether everything was written: the Trainer writes its state last."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return (checkpoint / read_state(checkpoint)["tensors"]["file"]).is_file()
-    except (OSError, ValueError, MLFSError):
-        return False
-
-
-def _is_saved(stage_folder: Path) -> bool:
-    return (stage_folder / CONFIG_NAME).is_file() and (stage_folder / TRAINER_STATE_NAME).is_file()
-
-
-def _has_final_norm(family: Family) -> bool:
-    """Whether a norm follows the last layer: one beside the layers, in a family whose embeddings have none."""
-    norms = [name for name, spec in family.outer.items() if isinstance(spec, (LayerNorm, RMSNorm))]
-    embeddings = [name.rpartition(".")[0] for name, spec in family.outer.items() if isinstance(spec, Embedding)]
-    return any(not name.rpartition(".")[0] or name.rpartition(".")[0] not in embeddings for name in norms)
-
-
-def _detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    def detach(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach()
-        return tuple(detach(v) for v in value) if isinstance(value, tuple) else value
-
-    return {key: detach(value) for key, value in outputs.items() if key != "past_key_values"}

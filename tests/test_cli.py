@@ -140,6 +140,12 @@ def test_eval_prints_one_json_object(run: Path, data: tuple[str, str]) -> None:
 
 
 @needs_minilm
+def test_eval_without_a_file_takes_the_data_of_the_run(run: Path, capsys: Any) -> None:
+    assert main(["eval", str(run), "--subnet", "max", "--max_eval_samples", "5"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 5
+
+
+@needs_minilm
 @pytest.mark.parametrize("words,message", [
     (["eval", "{run}x"], "does not exist"), (["eval", "{run}", "--subnet", "tiny"], "expected one of"),
     (["eval", "{run}", "--subnet", '{"hidden": 100, "heads": 12, "ffn": 1536, "layers": [0]}'], "outside the space"),

@@ -16,7 +16,7 @@ from datasets import Dataset
 from mlfs import MLFSArguments, MLFSError, MLFSTrainer, SearchSpace, SuperTransformer
 from mlfs.distillation import output_divergence
 from mlfs.elastic import ElasticLinear
-from mlfs.trainer import last_checkpoint
+from mlfs.runs import last_checkpoint
 from tests.models import CASES, VOCABULARY, make
 
 SPACE = SearchSpace((48, 32, 24), (6, 4, 2), (40, 20), ((0, 1, 2, 3), (1, 3)))
@@ -346,6 +346,17 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> No
 def test_bad_option_is_refused_with_its_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(MLFSError, match=message):
         trainer(tmp_path, **options)
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    first = trainer(tmp_path, stages_to_train=[0], stage_steps=[1])
+    first.train()
+    saved = (tmp_path / "stage-0" / "mlfs.json").read_text()
+    with pytest.raises(MLFSError, match=r"holds a run already.*resume_from_checkpoint"):
+        trainer(tmp_path, stages_to_train=[0]).train()
+    assert (tmp_path / "stage-0" / "mlfs.json").read_text() == saved
+    trainer(tmp_path, stages_to_train=[0], stage_steps=[2], overwrite_run=True).train()
+    assert (tmp_path / "stage-0" / "mlfs.json").read_text() != saved
 
 
 def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
