@@ -35,7 +35,7 @@ def test_decoder_demo_trains_from_the_slice_and_from_random(tmp_path: Path, caps
     result = json.loads((folder / "losses.json").read_text())
     assert 0.6 < result["parameters"] / result["full_parameters"] < 0.72
     sliced, random = (result["validation_loss"][k] for k in ("from the slice", "from a random start"))
-    assert sliced[0][1] < random[0][1] - 1  # before any step the slice knows more
+    assert sliced[0][1] < random[0][1] - 0.5  # before any step the slice knows more
     assert (folder / "losses.png").stat().st_size > 10_000
 
 
