@@ -37,7 +37,7 @@ from mlfs.pretrained import MINILM, SMOLLM2, find_model
 from mlfs.subnet import SearchSpace, evenly_spaced
 from mlfs.supernet import SuperTransformer
 
-TEXT_LENGTH = 96  # tokens; the texts are first paragraphs
+TEXT_LENGTH = 64  # tokens; the texts are first paragraphs, and their beginnings tell
 
 
 def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
@@ -47,7 +47,7 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
         folder: of the run; an earlier demo there is replaced. steps: optimizer steps, a half of them in stage 0.
     """
     started = time.time()
-    train, validation, names, majority = docstring_dataset(seed)
+    train, validation, names, majority = docstring_dataset(seed, max_train=4200, max_validation=600)
     print(f"Task: which package is a documentation string from? {', '.join(names)}")
     print(
         f"{len(train)} training and {len(validation)} validation texts of different modules; majority: {majority:.1%}\n"
