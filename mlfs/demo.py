@@ -174,6 +174,7 @@ def _losses(
         logging_steps=every,
         save_strategy="no",
         report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     Trainer(model, args, train_dataset=train, eval_dataset=validation, data_collator=default_data_collator,
             callbacks=[Keep()]).train()  # fmt: skip
@@ -183,6 +184,7 @@ def _losses(
 def _plain_accuracy(model: PreTrainedModel, trainer: Any) -> float:
     """Accuracy of an ordinary transformers model under an ordinary Trainer."""
     args = TrainingArguments("unused", per_device_eval_batch_size=64, report_to=[], use_cpu=trainer.args.use_cpu)
+    args.dataloader_pin_memory = trainer.args.dataloader_pin_memory
     plain = Trainer(
         model,
         args,
