@@ -37,16 +37,16 @@ def make_elastic(
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         elastic = _elastic_modules(model, family, dims, scope, rank, stages, alpha)
+        layers = model.base_model.get_submodule(family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        for path in family.sizes:
+            owner, _, attribute = path.rpartition(".")
+            if not hasattr(layers[0].get_submodule(owner), attribute):
+                raise MLFSError(f"the table of family {family.model_type!r} names {path}, which its layers do not have")
     except MLFSError:
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
-    layers = model.base_model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for path in family.sizes:
-        owner, _, attribute = path.rpartition(".")
-        if not hasattr(layers[0].get_submodule(owner), attribute):
-            raise MLFSError(f"the table of family {family.model_type!r} names {path}, which its layers do not have")
     for parameter in model.parameters():
         if not any(parameter is own for module in elastic.values() if module.owned for own in module.parameters()):
             parameter.requires_grad_(False)

@@ -37,4 +37,5 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def is_saved(stage_folder: Path) -> bool:
+    """Whether the stage ran to its end: the super-transformer is saved in its folder."""
     return (stage_folder / CONFIG_NAME).is_file() and (stage_folder / TRAINER_STATE_NAME).is_file()
