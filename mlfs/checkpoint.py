@@ -84,6 +84,12 @@ def load(path: Path, model: PreTrainedModel | None = None, **model_kwargs: Any) 
     tensors = _read_tensors(path, state)
     if model is None:
         model = _load_base(state, model_kwargs)
+    # before the conversion: a base that is refused stays as it was
+    if type(model).__name__ != state["architecture"]:
+        raise MLFSError(f"{path} was trained on a {state['architecture']}, the base given is a {type(model).__name__}")
+    expected = state["base"]["fingerprint"]
+    found = fingerprint({name: p for name, p in model.named_parameters() if name in expected})
+    _check_base(found, model.dtype, state, path)
     supernet = SuperTransformer(
         model,
         SearchSpace.from_dict(state["space"]),
@@ -92,7 +98,7 @@ def load(path: Path, model: PreTrainedModel | None = None, **model_kwargs: Any) 
         alpha=state["alpha"],
         base_name=state["base"]["name"],
     )
-    _check_base(supernet, state, path)
+    supernet._fingerprint = found
     if permutation := _permutation_from_json(state["permutation"]):
         supernet.apply_permutation(permutation)
     load_tensors(supernet, state, tensors, path)
@@ -107,7 +113,7 @@ def restore(supernet: SuperTransformer, path: Path) -> None:
     mine = {"space": supernet.space.to_dict(), **{key: getattr(supernet, key) for key in shape[1:]}}
     if odd := [key for key in shape if state[key] != mine[key]]:
         raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
-    _check_base(supernet, state, path)
+    _check_base(supernet.fingerprint(), supernet.model.dtype, state, path)
     permutation = _permutation_from_json(state["permutation"])
     if permutation != supernet.permutation:
         supernet.apply_permutation(_difference(supernet.permutation, permutation))
@@ -247,10 +253,9 @@ def _load_base(state: Mapping[str, Any], model_kwargs: dict[str, Any]) -> PreTra
         logging.set_verbosity(verbosity)
 
 
-def _check_base(supernet: SuperTransformer, state: Mapping[str, Any], path: Path) -> None:
-    expected = {n: h for n, h in state["base"]["fingerprint"].items()}
-    known = supernet.fingerprint()
-    kind = _KINDS.index(supernet.model.dtype) if supernet.model.dtype in _KINDS else 0
+def _check_base(known: Mapping[str, list[str]], dtype: torch.dtype, state: Mapping[str, Any], path: Path) -> None:
+    expected = state["base"]["fingerprint"]
+    kind = _KINDS.index(dtype) if dtype in _KINDS else 0
     odd = sorted(expected.keys() ^ known.keys())
     odd += sorted(n for n in expected.keys() & known.keys() if expected[n][kind] != known[n][kind])
     if odd:

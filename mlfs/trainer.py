@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -27,8 +27,8 @@ from mlfs.arguments import MLFSArguments
 from mlfs.checkpoint import restore, write_json
 from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.errors import MLFSError
+from mlfs.evaluation import PaletteTrainer
 from mlfs.ordering import importance, permutation_of
-from mlfs.palette import latency, size_on_disk
 from mlfs.runs import is_saved, is_whole, last_checkpoint
 from mlfs.subnet import SearchSpace, Subnet
 from mlfs.supernet import SuperTransformer
@@ -37,7 +37,7 @@ logger = logging.get_logger("transformers.mlfs")
 _DISTILLER = "projections.safetensors"
 
 
-class MLFSTrainer(Trainer):
+class MLFSTrainer(PaletteTrainer):
     """Trains a super-transformer; everything a `transformers.Trainer` takes and does.
 
     Args:
@@ -65,15 +65,13 @@ class MLFSTrainer(Trainer):
                 raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
-        if isinstance(model, SuperTransformer):
-            self.supernet = model
-        else:
-            self.supernet = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
-        if max(args.stages_to_train) >= self.supernet.stages:
+        if not isinstance(model, SuperTransformer):
+            model = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
+        if max(args.stages_to_train) >= model.stages:
             raise MLFSError(
-                f"stages_to_train={args.stages_to_train}, but the super-transformer has {self.supernet.stages} stages"
+                f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
-        super().__init__(model=self.supernet.model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         config = self.supernet.model.config
         self.causal = type(self.supernet.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         problem = getattr(config, "problem_type", None)
@@ -95,7 +93,6 @@ class MLFSTrainer(Trainer):
             has_final_norm(self.supernet.family),
         ).to(self.supernet.model.device)
         self.stage = args.stages_to_train[0]
-        self.palette = self._palette()
         self._step_offset = 0  # optimizer steps of the stages before
         self._draws = (-1, 0)  # (global step, batches seen within it)
         self._sums: dict[str, Tensor] = {}
@@ -305,7 +302,7 @@ class MLFSTrainer(Trainer):
             f"{kept}. Resume with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
         )
 
-    # ---- optimizer, logs, evaluation ----------------------------------------------------------------------------
+    # ---- optimizer and logs ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer over what trains in this stage, learned projections included."""
@@ -329,71 +326,9 @@ class MLFSTrainer(Trainer):
         finally:
             self.state.global_step -= self._step_offset
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluates every subnet of the palette (in stage 0, the full model).
-
-        Returns:
-            `eval_NAME_METRIC`, `eval_NAME_parameters` and `eval_NAME_latency` (seconds a batch) of each subnet, and
-            `eval_METRIC`, the mean over the palette, for `metric_for_best_model`.
-        """
-        if isinstance(eval_dataset or self.eval_dataset, dict):
-            raise MLFSError("several evaluation sets at once are not supported: call evaluate for each")
-        loader = self.get_eval_dataloader(eval_dataset)
-        palette = {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
-        sample = self._prepare_inputs(dict(next(iter(loader))))
-        metrics: dict[str, float] = {}
-        shared: dict[str, list[float]] = {}
-        for name, subnet in palette.items():
-            prefix = f"{metric_key_prefix}_{name}"
-            with self.supernet.activate(subnet):
-                output = self.evaluation_loop(
-                    loader,
-                    description=f"Evaluation of {name} ({subnet})",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    ignore_keys=[*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"],
-                    metric_key_prefix=prefix,
-                )
-                found = {k.removeprefix(f"{prefix}_"): v for k, v in (output.metrics or {}).items()}
-                found.pop("model_preparation_time", None)
-                for key, value in found.items():
-                    if isinstance(value, (int, float)):
-                        shared.setdefault(key, []).append(float(value))
-                found["latency"] = latency(self.model, sample)
-            found["parameters"] = self.supernet.count_parameters(subnet)
-            found["bytes"] = size_on_disk(self.supernet, subnet)
-            metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
-        metrics |= {
-            f"{metric_key_prefix}_{key}": sum(v) / len(v) for key, v in shared.items() if len(v) == len(palette)
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def results(self, metrics: Mapping[str, float], metric_key_prefix: str = "eval") -> list[dict[str, Any]]:
-        """What `evaluate` returned, one row for each subnet: for a table, or for JSON."""
-        rows = []
-        for name, subnet in self.palette.items():
-            prefix = f"{metric_key_prefix}_{name}_"
-            # of two names one may begin with the other: the longest that fits owns the key
-            longer = [f"{metric_key_prefix}_{n}_" for n in self.palette if n != name and n.startswith(f"{name}_")]
-            found = {
-                k.removeprefix(prefix): v
-                for k, v in metrics.items()
-                if k.startswith(prefix) and not k.startswith(tuple(longer))
-            }
-            if found:
-                rows.append({"name": name, "subnet": str(subnet), "sizes": subnet.to_dict(), **found})
-        return rows
-
-    def _palette(self) -> dict[str, Subnet]:
-        if self.args.palette is None:
-            return self.supernet.space.palette()
-        named = {name: Subnet.from_dict(value) for name, value in json.loads(self.args.palette).items()}
-        for subnet in named.values():
-            self.supernet.space.check(subnet)
-        return named
+    def subnets_to_evaluate(self) -> dict[str, Subnet]:
+        """The palette; while stage 0 trains, the full model."""
+        return {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
 
     def _record(self, who: str, parts: Mapping[str, Tensor]) -> None:
         for key, value in parts.items():
