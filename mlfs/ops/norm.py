@@ -1,21 +1,50 @@
 """Normalisation over the leading n numbers of the residual stream.
 
-    layer_norm: y = (x − mean(x)) / sqrt(var(x) + eps) · w[:n] + b[:n]        (Ba et al., arXiv 1607.06450)
-    rms_norm:   y = w[:n] · cast(x / sqrt(mean(x²) + eps))                    (Zhang and Sennrich, arXiv 1910.07467)
+    s = residual + dropout(x)
+    layer_norm: y = (s − mean(s)) / sqrt(var(s) + eps) · w[:n] + b[:n]        (Ba et al., arXiv 1607.06450)
+    rms_norm:   y = w[:n] · cast(s / sqrt(mean(s²) + eps))                    (Zhang and Sennrich, arXiv 1910.07467)
 
-Shapes: x (..., n), w and b (N,), n ≤ N; y (..., n). The statistics are those of the n numbers that are there.
+Shapes: x, residual, s and y (..., n), w and b (N,), n ≤ N. The statistics are those of the n numbers that are there.
 """
 
 import torch
 from torch import Tensor
 
+from mlfs.errors import MLFSError
+from mlfs.ops.backend import backend_of
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer normalisation of x (..., n) with the leading n of weight and bias (N,)."""
+__all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
+
+
+def add_norm_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    statistics: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, s) of the formula without dropout, in plain, differentiable PyTorch."""
+    s = x if residual is None else residual + x
     n = x.shape[-1]
     w = None if weight is None else weight[:n]
     b = None if bias is None else bias[:n]
-    return torch.nn.functional.layer_norm(x, (n,), w, b, eps)
+    if not rms:
+        return torch.nn.functional.layer_norm(s, (n,), w, b, eps), s
+    wide = s.to(torch.promote_types(s.dtype, torch.float32) if statistics is None else statistics)
+    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype)
+    y = y if w is None else w * y
+    return y if b is None else y + b, s
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalisation of x (..., n) with the leading n of weight and bias (N,)."""
+    if backend_of(x) == "triton":
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # as autocast does with torch's own
+        return add_norm(x, None, weight, bias, eps, rms=False)[0]
+    return add_norm_reference(x, None, weight, bias, eps, rms=False)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | None = None) -> Tensor:
@@ -27,6 +56,159 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | No
         statistics: the type they are taken in; by default float32, or float64 for float64 x. (The Llama family takes
             float32 always.)
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32) if statistics is None else statistics)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight[: x.shape[-1]] * wide.to(x.dtype)
+    if backend_of(x) == "triton":
+        return add_norm(x, None, weight, None, eps, rms=True)[0]
+    return add_norm_reference(x, None, weight, None, eps, rms=True, statistics=statistics)[0]
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, s) of the formula above, in one pass over memory where there are kernels for it.
+
+    Args:
+        x, residual: (..., n), floating point; residual may be None.
+        weight, bias: (N,) or None.
+        rms: root-mean-square instead of layer normalisation.
+        p: probability of dropout, 0 to below 1. The mask is drawn from `seed` and drawn again in the backward pass.
+        seed: one int64 on x's device; by default drawn from torch's generator of that device.
+
+    Raises:
+        MLFSError: p outside its range.
+    """
+    if not 0.0 <= p < 1.0:
+        raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
+    if p and seed is None:
+        seed = torch.randint(2**62, (1,), device=x.device)
+    y, s = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
+    return y, s if residual is not None or p else x
+
+
+@torch.library.custom_op("mlfs::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, s); s is empty where it is x."""
+    n, adds = x.shape[-1], residual is not None or p > 0
+    if backend_of(x) == "triton":
+        from mlfs.kernels import norm as kernels
+
+        flat = None if residual is None else residual.reshape(-1, n)
+        kind = _result_type(x, weight, rms)
+        y, s = kernels.forward(x.reshape(-1, n), flat, weight, bias, eps, rms, p, seed, kind)
+        return y.view(x.shape), s.view(x.shape) if adds else x.new_empty(0)
+    if p:
+        x = x * _mask(x, p, seed)
+    y, s = add_norm_reference(x, residual, weight, bias, eps, rms)
+    return y, (s if residual is not None or p else x.new_empty(0))
+
+
+@_add_norm.register_fake
+def _(x, residual, weight, bias, eps, rms, p, seed):
+    y = x.new_empty(x.shape, dtype=_result_type(x, weight, rms))
+    return y, x.new_empty(x.shape if residual is not None or p else 0)
+
+
+def _result_type(x: Tensor, weight: Tensor | None, rms: bool) -> torch.dtype:
+    """Of y: as torch's layer_norm and the Llama family's product with the weight have it."""
+    return torch.promote_types(x.dtype, weight.dtype) if rms and weight is not None else x.dtype
+
+
+@torch.library.custom_op("mlfs::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    rms: bool,
+    p: float,
+    seed: Tensor | None,
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, d_residual or empty where it is dx, dw and db (n,), empty unless the norm `trains`)."""
+    n = s.shape[-1]
+
+    def nothing() -> Tensor:  # a new one each time: outputs of an operator share no memory
+        return dy.new_empty(0)
+
+    if backend_of(dy) == "triton":
+        from mlfs.kernels import norm as kernels
+
+        more = None if ds is None else ds.reshape(-1, n)
+        flat = dy.reshape(-1, n), more, s.reshape(-1, n)
+        dx, d_residual, dw, db = kernels.backward(*flat, weight, eps, rms, p, seed, trains)
+        kept = d_residual.view(s.shape) if p else nothing()
+        return dx.view(s.shape), kept, nothing() if dw is None else dw, nothing() if db is None else db
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    centred = wide if rms else wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    unit, d = centred * scale, dy.to(wide.dtype)
+    sums = (d * unit).reshape(-1, n).sum(0), d.reshape(-1, n).sum(0).clone()
+    dw, db = sums if trains else (nothing(), nothing())
+    d = d if weight is None else d * weight[:n]
+    g = d - unit * (d * unit).mean(-1, keepdim=True)
+    g = (g if rms else g - d.mean(-1, keepdim=True)) * scale
+    g = (g if ds is None else g + ds).to(s.dtype)
+    return g * _mask(g, p, seed) if p else g, g if p else nothing(), dw, db
+
+
+@_add_norm_backward.register_fake
+def _(dy, ds, s, weight, eps, rms, p, seed, trains):
+    n, kind = s.shape[-1], torch.promote_types(s.dtype, torch.float32)
+    sums = (s.new_empty(n, dtype=kind), s.new_empty(n, dtype=kind)) if trains else (dy.new_empty(0), dy.new_empty(0))
+    return s.new_empty(s.shape), s.new_empty(s.shape) if p else dy.new_empty(0), *sums
+
+
+def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """1 / (1 - p) where a number is kept, 0 where it is dropped."""
+    assert seed is not None
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.rand(x.shape, generator=generator, device=x.device).ge(p).to(x.dtype) / (1 - p)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, eps, rms, p, seed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = eps, rms, p
+    ctx.shapes = None if weight is None else weight.shape, None if bias is None else bias.shape
+    ctx.adds = residual is not None
+    ctx.save_for_backward(output[1] if residual is not None or p else x, weight, bias, seed)
+
+
+def _backward(ctx, dy, ds):
+    s, weight, bias, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    trains = needs[2] or needs[3]
+    if dy is None:
+        dy = torch.zeros_like(s)
+    if ds is not None and ds.shape != s.shape:
+        ds = None  # of the empty s
+    dx, d_residual, dw, db = _add_norm_backward(dy, ds, s, weight, *ctx.options, seed, trains)
+    d_residual = (d_residual if ctx.options[2] else dx) if ctx.adds else None
+
+    def whole(sums: Tensor, like: Tensor) -> Tensor:
+        out = torch.zeros_like(like)
+        out[: sums.shape[0]] = sums
+        return out
+
+    dw = whole(dw, weight) if needs[2] else None
+    db = whole(db, bias) if needs[3] else None
+    return dx, d_residual, dw, db, None, None, None, None
+
+
+_add_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,8 +1,11 @@
 """Linear layer read through a slice, with low-rank stages:
 
-    y = x · W[rows, :n]ᵀ + b[rows] + Σ_s c_s · (x · A_s[:, :n]ᵀ) · B_s[rows, :]ᵀ
+    z = x · W[rows, :n]ᵀ + b[rows] + Σ_s c_s · (x · A_s[:, :n]ᵀ) · B_s[rows, :]ᵀ
+    y = act(z) + residual
 
 Shapes: x (..., n), W (M, N) with any strides, b (M,), A_s (r_s, N), B_s (M, r_s), y (..., m); n ≤ N and m = Σ lengths.
+act is nothing, GELU (erf or tanh form, arXiv 1606.08415) or, for the first of a gated pair, SiLU(z) · operand
+(arXiv 2002.05202); operand and residual are (..., m).
 `rows` are spans of W's rows, a flat list (start, length, start, length, ...): one span for a plain projection, one per
 part for a fused one. W is read in place. It is frozen: the backward pass makes dx, and dA_s, dB_s for the stages that
 ask for them, and no gradient of W or b.
@@ -14,6 +17,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from mlfs.errors import MLFSError
+from mlfs.ops.backend import backend_of
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
 __all__ = ["sliced_linear", "sliced_linear_reference"]
 
@@ -26,6 +35,9 @@ def sliced_linear_reference(
     lora_b: Sequence[Tensor],
     scales: Sequence[float],
     spans: Sequence[int],
+    activation: str = "none",
+    operand: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The formula in plain, differentiable PyTorch (also in W and b: task heads train through it)."""
     n = x.shape[-1]
@@ -37,7 +49,8 @@ def sliced_linear_reference(
     for a, b, c in zip(lora_a, lora_b, scales, strict=True):
         h = torch.nn.functional.linear(x, a[:, :n].to(x.dtype))
         y = y + torch.nn.functional.linear(h, _rows(b, spans).to(x.dtype)) * c
-    return y
+    y = _activate(y, activation, operand)
+    return y if residual is None else y + residual
 
 
 def sliced_linear(
@@ -48,6 +61,9 @@ def sliced_linear(
     lora_b: Sequence[Tensor],
     scales: Sequence[float],
     spans: Sequence[int],
+    activation: str = "none",
+    operand: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The formula above, with W and b frozen.
 
@@ -57,13 +73,46 @@ def sliced_linear(
         bias: (M,) or None.
         lora_a, lora_b, scales: per stage (r_s, N), (M, r_s) and a float; may be empty.
         spans: flat (start, length) pairs of rows.
+        activation: "none", "gelu", "gelu_tanh" or "silu_mul"; the last one takes `operand` (..., m).
+        residual: (..., m), added last.
 
     Returns:
         (..., m) of x's type.
+
+    Raises:
+        MLFSError: an unknown activation, or an operand where none belongs or none where one does.
     """
+    if activation not in ACTIVATIONS or (operand is not None) != (activation == "silu_mul"):
+        raise MLFSError(
+            f"activation={activation!r} {'with' if operand is not None else 'without'} an operand: expected one of "
+            f"{', '.join(ACTIVATIONS)}; only silu_mul takes an operand, and needs it"
+        )
     if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _sliced_linear(x, weight, bias, list(lora_a), list(lora_b), list(scales), list(spans))
+        kind = torch.get_autocast_dtype(x.device.type)
+        x = x.to(kind)
+        operand = None if operand is None else operand.to(kind)
+        residual = None if residual is None else residual.to(kind)
+    leaves = (x, operand, residual, *lora_a, *lora_b)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    lists = (list(lora_a), list(lora_b), list(scales), list(spans))
+    return _sliced_linear(x, weight, bias, *lists, activation, operand, residual, keep)[0]
+
+
+def _activate(z: Tensor, activation: str, operand: Tensor | None) -> Tensor:
+    if activation == "none":
+        return z
+    if operand is not None:
+        return silu(z) * operand
+    return gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activation_backward(
+    dy: Tensor, z: Tensor, activation: str, operand: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, d_operand) of y = act(z)."""
+    if operand is not None:
+        return torch.ops.aten.silu_backward(dy * operand, z), dy * silu(z)
+    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none"), None
 
 
 def _slices(spans: Sequence[int]) -> list[slice]:
@@ -84,10 +133,28 @@ def _sliced_linear(
     lora_b: list[Tensor],
     scales: list[float],
     spans: list[int],
-) -> Tensor:
-    n = x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], sum(spans[1::2]))
-    flat, out = x.reshape(-1, n), y.view(-1, y.shape[-1])
+    activation: str,
+    operand: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, z): h (T, Σ r_s) are the stages' c_s · x A_sᵀ side by side, z (T, m) is what went into act.
+
+    Both are for the backward pass: without `keep` they are empty, and z is where act does nothing.
+    """
+    n, m = x.shape[-1], sum(spans[1::2])
+    flat = x.reshape(-1, n)
+    other, added = _flat(operand, m), _flat(residual, m)
+    if backend_of(x) == "triton":
+        from mlfs.kernels import decode, sliced_linear
+
+        layer = (weight, bias, lora_a, lora_b, scales, spans, activation, other, added)
+        if not keep and flat.shape[0] <= decode.MAX_TOKENS:
+            y, h, z = decode.forward(flat, *layer), x.new_empty(0), x.new_empty(0)
+        else:
+            y, h, z = sliced_linear.forward(flat, *layer, keep_pre=keep and activation != "none")
+        return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
+    out = x.new_empty(flat.shape[0], m)
     column = 0
     for rows in _slices(spans):
         part = out[:, column : column + rows.stop - rows.start]
@@ -98,21 +165,29 @@ def _sliced_linear(
             b = bias[rows].to(x.dtype)
             torch.addmm(b, flat, w, out=part) if part.is_contiguous() else part.copy_(torch.addmm(b, flat, w))
         column += rows.stop - rows.start
-    for a, b, c in zip(lora_a, lora_b, scales, strict=True):
-        h = flat @ a[:, :n].to(x.dtype).t()
-        out.addmm_(h, _rows(b, spans).to(x.dtype).t(), alpha=c)
-    return y
+    h = x.new_empty(flat.shape[0], sum(a.shape[0] for a in lora_a))
+    for a, b, c, mine in zip(lora_a, lora_b, scales, h.split([a.shape[0] for a in lora_a], 1), strict=True):
+        mine.copy_(flat @ a[:, :n].to(x.dtype).t()).mul_(c)
+        out.addmm_(mine, _rows(b, spans).to(x.dtype).t())
+    z = out if keep and activation != "none" else out.new_empty(0)
+    y = _activate(out, activation, other)
+    if added is not None:
+        y = y + added
+    return y.view(*x.shape[:-1], m), h if keep else h.new_empty(0), z
 
 
 @_sliced_linear.register_fake
-def _(x, weight, bias, lora_a, lora_b, scales, spans):
-    return x.new_empty(*x.shape[:-1], sum(spans[1::2]))
+def _(x, weight, bias, lora_a, lora_b, scales, spans, activation, operand, residual, keep):
+    m, tokens = sum(spans[1::2]), x.shape[:-1].numel()
+    h = x.new_empty((tokens, sum(a.shape[0] for a in lora_a)) if keep else 0)
+    return x.new_empty(*x.shape[:-1], m), h, x.new_empty((tokens, m) if keep and activation != "none" else 0)
 
 
 @torch.library.custom_op("mlfs::sliced_linear_backward", mutates_args=())
 def _sliced_linear_backward(
     dy: Tensor,
     x: Tensor | None,
+    h: Tensor | None,
     weight: Tensor,
     lora_a: list[Tensor],
     lora_b: list[Tensor],
@@ -121,67 +196,120 @@ def _sliced_linear_backward(
     trains: list[bool],
     needs_dx: bool,
     weight_columns: int,
+    activation: str,
+    z: Tensor | None,
+    operand: Tensor | None,
 ) -> list[Tensor]:
-    """[dx (empty unless needed), dA_s and dB_s of each stage s that trains]; the gradients are zero off the slice."""
+    """[dx (empty unless needed), d_operand (empty unless there is one), dA_s and dB_s of each stage s that trains]; the
+    gradients are zero off the slice."""
     n, m = weight_columns, dy.shape[-1]
     grad = dy.reshape(-1, m)
     flat = x.reshape(-1, n) if x is not None else None
-    dx = dy.new_empty((0, n))
+    other, d_other = _flat(operand, m), None
+    if backend_of(dy) == "triton":
+        from mlfs.kernels import sliced_linear as kernels
+
+        if z is not None:
+            grad, d_other = kernels.activation_backward(grad, z, other, activation)
+        dx, *gradients = kernels.backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
+    else:
+        if z is not None:
+            grad, d_other = _activation_backward(grad, z, activation, other)
+        dx, *gradients = linear_backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
+    dx = dx.view(*dy.shape[:-1], n) if needs_dx else dx
+    return [dx, dy.new_empty((0, m)) if d_other is None else d_other.view(dy.shape), *gradients]
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+    trains: list[bool],
+    needs_dx: bool,
+    n: int,
+) -> list[Tensor]:
+    """Gradients of the linear part in plain PyTorch, on 2-d tensors: [dx, dA_s, dB_s, ...]."""
+    dx = grad.new_empty((0, n))
     gradients = []
     if needs_dx:
-        column, dx = 0, dy.new_empty((grad.shape[0], n))
+        column, dx = 0, grad.new_empty((grad.shape[0], n))
         for i, rows in enumerate(_slices(spans)):
             part = grad[:, column : (column := column + rows.stop - rows.start)]
-            torch.addmm(dx, part, weight[rows, :n].to(dy.dtype), beta=float(i > 0), out=dx)
+            torch.addmm(dx, part, weight[rows, :n].to(grad.dtype), beta=float(i > 0), out=dx)
+    offset = 0
     for a, b, c, train in zip(lora_a, lora_b, scales, trains, strict=True):
+        mine = slice(offset, offset := offset + a.shape[0])
         if not (train or needs_dx):
             continue
-        a_n = a[:, :n].to(dy.dtype)
-        g = grad @ _rows(b, spans).to(dy.dtype)
+        g = (grad @ _rows(b, spans).to(grad.dtype)).mul_(c)
         if needs_dx:
-            dx.addmm_(g, a_n, alpha=c)
+            dx.addmm_(g, a[:, :n].to(grad.dtype))
         if train:
-            assert flat is not None
+            assert x is not None and h is not None
             da, db = torch.zeros_like(a), torch.zeros_like(b)
-            da[:, :n] = (g.t() @ flat) * c
-            db_rows, column = (grad.t() @ (flat @ a_n.t())) * c, 0
+            da[:, :n] = g.t() @ x
+            db_rows, column = grad.t() @ h[:, mine], 0
             for rows in _slices(spans):
                 db[rows] = db_rows[column : (column := column + rows.stop - rows.start)]
             gradients += [da, db]
-    return [dx.view(*dy.shape[:-1], n) if needs_dx else dx, *gradients]
+    return [dx, *gradients]
 
 
 @_sliced_linear_backward.register_fake
-def _(dy, x, weight, lora_a, lora_b, scales, spans, trains, needs_dx, weight_columns):
+def _(dy, x, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, weight_columns, activation, z, operand):
     dx = dy.new_empty((*dy.shape[:-1], weight_columns) if needs_dx else (0, weight_columns))
+    d_operand = dy.new_empty((0, dy.shape[-1]) if operand is None else dy.shape)
     stages = [(a, b) for a, b, train in zip(lora_a, lora_b, trains, strict=True) if train]
-    return [dx, *(torch.empty_like(t) for pair in stages for t in pair)]
+    return [dx, d_operand, *(torch.empty_like(t) for pair in stages for t in pair)]
+
+
+def _flat(t: Tensor | None, m: int) -> Tensor | None:
+    return None if t is None else t.reshape(-1, m)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, scales, spans = inputs
+    x, weight, _, lora_a, lora_b, scales, spans, activation, operand, _, _ = inputs
+    _, h, z = output
+    ctx.mark_non_differentiable(h, z)
+    ctx.set_materialize_grads(False)
     ctx.trains = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
-    ctx.scales, ctx.spans, ctx.stages = scales, spans, len(lora_a)
-    ctx.columns = x.shape[-1]
+    ctx.scales, ctx.spans, ctx.stages, ctx.activation = scales, spans, len(lora_a), activation
+    ctx.columns, ctx.has_operand = x.shape[-1], operand is not None
     # x is only needed where an adapter trains: a frozen layer keeps nothing but its weights.
-    ctx.save_for_backward(*([x] if any(ctx.trains) else []), weight, *lora_a, *lora_b)
+    kept = [x, h] if any(ctx.trains) else []
+    kept += [z] if activation != "none" else []
+    kept += [operand] if operand is not None else []
+    ctx.save_for_backward(*kept, weight, *lora_a, *lora_b)
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, dh, dz):
+    numbers = None if ctx.scales else []  # an empty list of numbers looks like one of tensors to torch.library
+    if dy is None:
+        nothing = [None] * ctx.stages
+        return None, None, None, nothing, nothing, numbers, None, None, None, None, None
     saved = list(ctx.saved_tensors)
-    x = saved.pop(0) if any(ctx.trains) else None
+    x, h = (saved.pop(0), saved.pop(0)) if any(ctx.trains) else (None, None)
+    z = saved.pop(0) if ctx.activation != "none" else None
+    operand = saved.pop(0) if ctx.has_operand else None
     weight, lora_a, lora_b = saved[0], saved[1 : 1 + ctx.stages], saved[1 + ctx.stages :]
     needs_dx = ctx.needs_input_grad[0]
     out = _sliced_linear_backward(
-        dy, x, weight, lora_a, lora_b, ctx.scales, ctx.spans, ctx.trains, needs_dx, ctx.columns
-    )
-    gradients = iter(out[1:])
+        dy, x, h, weight, lora_a, lora_b, ctx.scales, ctx.spans, ctx.trains, needs_dx, ctx.columns, ctx.activation, z,
+        operand,
+    )  # fmt: skip
+    gradients = iter(out[2:])
     da, db = [], []
     for train in ctx.trains:
         da.append(next(gradients) if train else None)
         db.append(next(gradients) if train else None)
-    # An empty list of numbers looks like one of tensors to torch.library, which then wants a list back.
-    return out[0] if needs_dx else None, None, None, da, db, None if ctx.scales else [], None
+    d_operand = out[1] if operand is not None and ctx.needs_input_grad[8] else None
+    d_residual = dy if ctx.needs_input_grad[9] else None
+    return out[0] if needs_dx else None, None, None, da, db, numbers, None, None, d_operand, d_residual, None
 
 
 _sliced_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,6 @@
 """The operator against its reference and against a dense product with explicitly sliced and merged weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,129 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import profile
 
-from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
+from mlfs import MLFSError
+from mlfs.ops.sliced_linear import ACTIVATIONS, sliced_linear, sliced_linear_reference
+from tests.calls import EXAMPLES, calls, example, strided
 
 FORWARD, BACKWARD = torch.ops.mlfs.sliced_linear.default, torch.ops.mlfs.sliced_linear_backward.default
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one call."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    scales: list[float]
-    spans: list[int]
-
-    def __call__(self, op) -> Tensor:
-        return op(self.x, self.weight, self.bias, self.lora_a, self.lora_b, self.scales, self.spans)
-
-    @property
-    def rows(self) -> list[int]:
-        pairs = zip(self.spans[::2], self.spans[1::2], strict=True)
-        return [row for start, length in pairs for row in range(start, start + length)]
-
-    def dense(self) -> Tensor:
-        """The same with a merged matrix, in float64, one token at a time."""
-        merged = self.weight.double()
-        for a, b, c in zip(self.lora_a, self.lora_b, self.scales, strict=True):
-            merged = merged + c * b.double() @ a.double()
-        sliced = merged[self.rows][:, : self.x.shape[-1]]
-        y = torch.einsum("...n,mn->...m", self.x.double(), sliced)
-        return y if self.bias is None else y + self.bias.double()[self.rows]
-
-    def trains(self, x: bool = True, stages: tuple[int, ...] = ()) -> "Call":
-        """The same arguments as new leaves, of which x and the adapters of `stages` want gradients."""
-
-        def leaf(t: Tensor, wants: bool) -> Tensor:
-            return t.detach().requires_grad_(wants)
-
-        a = [leaf(t, s in stages) for s, t in enumerate(self.lora_a)]
-        b = [leaf(t, s in stages) for s, t in enumerate(self.lora_b)]
-        return replace(self, x=leaf(self.x, x), lora_a=a, lora_b=b)
-
-    def gradients(self, op, dy: Tensor) -> list[Tensor | None]:
-        self(op).backward(dy)
-        return [t.grad for t in (self.x, *self.lora_a, *self.lora_b)]
-
-
-def strided(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Random numbers of this shape, laid out so that not every view of them is contiguous."""
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-
-    if layout == "transposed" and len(shape) > 1:
-        return randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-    if layout == "inside":
-        return randn(*(size + 2 for size in shape))[tuple(slice(1, size + 1) for size in shape)]
-    if layout == "every second":
-        return randn(*(2 * size for size in shape))[(slice(None, None, 2),) * len(shape)]
-    if layout == "expanded" and len(shape) > 1:
-        return randn(*(1 for _ in shape[:-1]), shape[-1]).expand(shape)
-    return randn(*shape)
-
-
-LAYOUTS = ("plain", "transposed", "inside", "every second")
-
-
-@st.composite
-def calls(draw, dtype: torch.dtype = torch.float64, tokens: int = 5) -> Call:
-    out, full = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    n = draw(st.integers(1, full))
-    leading = tuple(draw(st.lists(st.integers(0, tokens), max_size=3)))
-    # Spans lie in order and apart, as the parts of a fused projection do.
-    edges = sorted(draw(st.sets(st.integers(0, out), min_size=2, max_size=6)))
-    edges = edges[: len(edges) // 2 * 2]
-    spans = [number for i in range(0, len(edges), 2) for number in (edges[i], edges[i + 1] - edges[i])]
-    ranks = draw(st.lists(st.integers(1, 4), max_size=3))
-    scales = [draw(st.sampled_from([2.0, 0.5, -1.25])) for _ in ranks]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = strided((*leading, n), draw(st.sampled_from((*LAYOUTS, "expanded"))), generator, dtype)
-    weight = strided((out, full), draw(st.sampled_from(LAYOUTS)), generator, dtype)
-    bias = strided((out,), draw(st.sampled_from(LAYOUTS)), generator, dtype) if draw(st.booleans()) else None
-    a = [strided((r, full), "plain", generator, dtype) for r in ranks]
-    b = [strided((out, r), "plain", generator, dtype) for r in ranks]
-    return Call(x, weight, bias, a, b, scales, spans)
-
-
-def example(
-    dtype: torch.dtype = torch.float64,
-    spans: tuple[int, ...] = (0, 6),
-    n: int = 5,
-    stages: int = 2,
-    layout: str = "plain",
-    tokens: tuple[int, ...] = (2, 3),
-    bias: bool = True,
-) -> Call:
-    generator = torch.Generator().manual_seed(7)
-    return Call(
-        strided((*tokens, n), "plain", generator, dtype),
-        strided((10, 8), layout, generator, dtype),
-        strided((10,), "plain", generator, dtype) if bias else None,
-        [strided((r, 8), "plain", generator, dtype) for r in (3, 2, 4)[:stages]],
-        [strided((10, r), "plain", generator, dtype) for r in (3, 2, 4)[:stages]],
-        [2.0, 0.5, -1.0][:stages],
-        list(spans),
-    )
-
-
-EXAMPLES = {
-    "plain": example(),
-    "whole": example(spans=(0, 10), n=8),
-    "fused": example(spans=(0, 2, 3, 3, 8, 1)),
-    "transposed": example(layout="transposed"),
-    "fused, transposed": example(spans=(0, 4, 5, 2), layout="transposed"),
-    "no bias": example(bias=False),
-    "fused, no bias": example(spans=(1, 4, 7, 3), bias=False),
-    "no stages": example(stages=0),
-    "three stages": example(stages=3),
-    "no tokens": example(tokens=(2, 0)),
-    "one vector": example(tokens=()),
-}
 
 
 @settings(max_examples=200)
@@ -157,7 +39,7 @@ def test_gradients_equal_autograds_through_the_dense_product(call, data):
     dy = torch.randn(y.shape, generator=generator, dtype=y.dtype)
     gradients = ours.gradients(sliced_linear, dy)
     dense.dense().backward(dy)
-    expected = [t.grad for t in (dense.x, *dense.lora_a, *dense.lora_b)]
+    expected = [t.grad for t in dense.leaves]
     assert [g is None for g in gradients] == [g is None for g in expected]
     for g, e in zip(gradients, expected, strict=True):
         if e is not None:
@@ -169,31 +51,41 @@ def test_gradcheck(call):
     stages = tuple(range(len(call.lora_a)))
     call = call.trains(stages=stages)
 
-    def run(x: Tensor, *adapters: Tensor) -> Tensor:
-        half = len(adapters) // 2
-        return replace(call, x=x, lora_a=list(adapters[:half]), lora_b=list(adapters[half:]))(sliced_linear)
+    def run(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        tensors = {"x": next(given)}
+        tensors |= {name: [next(given) for _ in stages] for name in ("lora_a", "lora_b")}
+        tensors |= {name: next(given) for name in ("operand", "residual") if getattr(call, name) is not None}
+        return replace(call, **tensors)(sliced_linear)
 
-    assert torch.autograd.gradcheck(run, (call.x, *call.lora_a, *call.lora_b))
+    assert torch.autograd.gradcheck(run, call.leaves)
+
+
+@pytest.mark.parametrize("activation, operand", [("relu", False), ("silu_mul", False), ("gelu", True), ("none", True)])
+def test_activation_that_does_not_exist_or_fit_its_operand_is_refused(activation, operand):
+    call = example()
+    call = replace(call, activation=activation, operand=torch.ones(2, 3, 6) if operand else None)
+    with pytest.raises(MLFSError, match=r"expected one of none, gelu, gelu_tanh, silu_mul; only silu_mul takes an op"):
+        call(sliced_linear)
 
 
 @pytest.mark.parametrize("call", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_opcheck_of_forward(call):
-    call = call.trains(stages=(0,))
-    arguments = call.x, call.weight, call.bias, call.lora_a, call.lora_b, call.scales, call.spans
-    torch.library.opcheck(FORWARD, arguments)
+    torch.library.opcheck(FORWARD, (*call.arguments, False))  # without gradients
+    torch.library.opcheck(FORWARD, (*call.trains(stages=(0,)).arguments, True))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("needs_dx", [True, False])
 @pytest.mark.parametrize("trains", [(False, False), (True, False), (False, True), (True, True)])
-def test_opcheck_of_backward(trains, needs_dx):
+def test_opcheck_of_backward(trains, needs_dx, activation):
     for spans in ((0, 6), (0, 2, 3, 3, 8, 1)):
-        call = example(spans=spans)
+        call = example(spans=spans, activation=activation)
         dy = torch.ones(2, 3, len(call.rows), dtype=torch.float64)
-        x = call.x if any(trains) else None
-        torch.library.opcheck(
-            BACKWARD,
-            (dy, x, call.weight, call.lora_a, call.lora_b, call.scales, call.spans, list(trains), needs_dx, 5),
-        )
+        x, h = (call.x, torch.ones(6, 5, dtype=torch.float64)) if any(trains) else (None, None)
+        z = None if activation == "none" else torch.randn(6, len(call.rows), dtype=torch.float64)
+        layer = (call.weight, call.lora_a, call.lora_b, call.scales, call.spans)
+        torch.library.opcheck(BACKWARD, (dy, x, h, *layer, list(trains), needs_dx, 5, activation, z, call.operand))
 
 
 @pytest.mark.parametrize("op", [sliced_linear, sliced_linear_reference])

@@ -1,0 +1,216 @@
+"""Which tile sizes a kernel runs with: a fixed table per architecture, pruned by a cost model, tuned once on a GPU.
+
+The tuned choice of each shape class is kept in `~/.cache/mlfs/tuned-*.json`. Nothing is tuned where MLFS_TUNE=0 or CI
+is set, while a CUDA graph is recorded, or in Triton's interpreter: the cost model's first choice runs there.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of tokens × columns × depth, and how many warps and pipeline stages run it."""
+
+    block_t: int
+    block_c: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def shared_bytes(self, itemsize: int, weight_itemsize: int) -> int:
+        """Shared memory that a product's operand tiles take, all pipeline stages together."""
+        return max(self.stages - 1, 1) * self.block_k * (self.block_t * itemsize + self.block_c * weight_itemsize)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cost model knows of an architecture: shared memory a block may take, and multiprocessors."""
+
+    shared: int
+    processors: int
+
+
+DEVICES = {
+    "sm80": Device(163 << 10, 108),
+    "sm86": Device(99 << 10, 84),
+    "sm89": Device(99 << 10, 128),
+    "sm90": Device(227 << 10, 132),
+    "sm100": Device(227 << 10, 148),
+    "gfx942": Device(64 << 10, 304),
+    "gfx1100": Device(64 << 10, 96),
+    "interpreter": Device(1 << 30, 8),  # enough to split what GPUs split
+}
+_AMPERE = (
+    Config(128, 128, 32, 8, 4),
+    Config(128, 64, 64, 4, 3),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 4),
+    Config(32, 64, 64, 4, 4),
+    Config(16, 64, 128, 4, 4),
+)
+_HOPPER = (
+    Config(128, 256, 64, 8, 3),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 4, 4),
+    Config(64, 128, 64, 4, 4),
+    Config(64, 64, 64, 4, 4),
+    Config(16, 64, 128, 4, 4),
+)
+_CDNA = (
+    Config(128, 128, 32, 8, 2),
+    Config(128, 64, 64, 4, 2),
+    Config(64, 64, 64, 4, 2),
+    Config(32, 64, 64, 4, 2),
+    Config(16, 64, 128, 4, 2),
+)
+_RDNA = (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(16, 64, 64, 2, 2))
+PRODUCT: dict[str, tuple[Config, ...]] = {
+    "sm80": _AMPERE,
+    "sm86": _AMPERE,
+    "sm89": _AMPERE,
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
+    "gfx942": _CDNA,
+    "gfx1100": _RDNA,
+    "interpreter": (Config(64, 64, 64, 4, 1),),
+}
+
+
+_assumed: str | None = None
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Inside the block kernels are launched as for `arch`, whatever their tensors are on: to compile without a GPU."""
+    global _assumed
+    previous, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the tables for `device`; the nearest older one where its own is not in them."""
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return name if name in DEVICES else "gfx1100" if name.startswith(("gfx10", "gfx11", "gfx12")) else "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(int(key[2:]) for key in DEVICES if key.startswith("sm"))
+    fitting = [value for value in known if value <= major * 10 + minor]
+    return f"sm{fitting[-1] if fitting else known[0]}"
+
+
+def candidates(
+    arch: str, tokens: int, columns: int, itemsize: int, weight_itemsize: int, epilogue: bool = False
+) -> list[Config]:
+    """The configurations that fit the device, best first by the cost model.
+
+    With an epilogue beyond the bias a tile has at most 128 × 128 numbers: bigger ones spill (see bench/gpu_static.py).
+
+    The model: waves of blocks over the multiprocessors, times the work of one tile, padding included; tiles that reuse
+    little of what they load (low block_t · block_c / (block_t + block_c)) are charged for the loads.
+    """
+    device = DEVICES[arch]
+
+    def cost(config: Config) -> float:
+        blocks = triton.cdiv(tokens, config.block_t) * triton.cdiv(columns, config.block_c)
+        work = config.block_t * config.block_c
+        reuse = work / (config.block_t + config.block_c)
+        return triton.cdiv(blocks, device.processors) * work * (1 + 32 / reuse)
+
+    fits = [c for c in PRODUCT[arch] if c.shared_bytes(itemsize, weight_itemsize) <= device.shared]
+    if epilogue:
+        fits = [c for c in fits if c.block_t * c.block_c <= 128 * 128]
+    return sorted(fits or PRODUCT[arch][-1:], key=cost)
+
+
+def choose(
+    kernel: str,
+    arch: str,
+    shape: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    run: Callable[[Config], Any] | None = None,
+    epilogue: bool = False,
+    keep: int = 3,
+) -> Config:
+    """The configuration of `kernel` for a shape (tokens, columns, depth) and the types of x and W.
+
+    Args:
+        run: launches the kernel with a configuration; the best `keep` candidates are timed with it, once per shape
+            class (sizes rounded up to powers of two) and GPU.
+        epilogue: whether the kernel does more with its tile than add a bias.
+    """
+    fitting = candidates(arch, shape[0], shape[1], dtypes[0].itemsize, dtypes[1].itemsize, epilogue)
+    if run is None or len(fitting) == 1 or not may_tune():
+        return fitting[0]
+    sizes = "x".join(str(triton.next_power_of_2(max(size, 1))) for size in shape)
+    key = f"{kernel}{'+epilogue' if epilogue else ''}/{sizes}/{str(dtypes[0])[6:]}/{str(dtypes[1])[6:]}"
+    tuned = _tuned(_cache_file())
+    if key not in tuned:
+        times = {config: _time(run, config) for config in fitting[:keep]}
+        tuned[key] = asdict(min(times, key=times.__getitem__))
+        _write(_cache_file(), tuned)
+    return Config(**tuned[key])
+
+
+def may_tune() -> bool:
+    """Whether kernels may be timed now."""
+    return (
+        torch.cuda.is_available()
+        and os.environ.get("MLFS_TUNE", "1") != "0"
+        and not os.environ.get("CI")
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _time(run: Callable[[Config], Any], config: Config) -> float:
+    try:
+        return triton.testing.do_bench(lambda: run(config), warmup=10, rep=30, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+@cache
+def _cache_file() -> Path:
+    name = "-".join(torch.cuda.get_device_name().split())
+    return Path.home() / ".cache" / "mlfs" / f"tuned-{name}-triton-{triton.__version__}.json"
+
+
+@cache
+def _tuned(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, tuned: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(tuned, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a read-only home: tuned again next time
+
+
+def every(archs: Iterable[str] = DEVICES) -> list[tuple[str, Config]]:
+    """All (architecture, configuration) pairs of the table."""
+    return [(arch, config) for arch in archs for config in PRODUCT[arch]]
