@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 from mlfs.elastic import Elastic, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
 from mlfs.errors import MLFSError
 from mlfs.families import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm
-from mlfs.sizes import Dimensions, Extent, Scope, Sizes
+from mlfs.sizes import Dimensions, Extent, RowSizes, Scope, Sizes
 
 
 def dimensions(config: Any, family: Family) -> Dimensions:
@@ -185,10 +185,15 @@ def _following_class(original: type[nn.Module], attributes: tuple[str, ...], is_
 def _call_or_skip(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Runs the layer, or, where the subnet leaves it out, hands its input on."""
     scope, _, layer = self._follows
-    if scope.sizes.keeps(layer):
+    sizes = scope.sizes
+    if sizes.keeps(layer):
         if self.training and getattr(self, "gradient_checkpointing", False):
-            kwargs["_sizes"] = scope.sizes
-        return type(self)._original.__call__(self, hidden_states, *args, **kwargs)
+            kwargs["_sizes"] = sizes
+        out = type(self)._original.__call__(self, hidden_states, *args, **kwargs)
+        if isinstance(sizes, RowSizes) and not all(row.keeps(layer) for row in sizes.rows):
+            kept = torch.tensor([row.keeps(layer) for row in sizes.rows], device=out.device)
+            out = torch.where(kept.view(-1, *(1 for _ in out.shape[1:])), out, hidden_states)
+        return out
     # A key-value cache tells lengths by any layer: one number per token keeps this one in step.
     for cache in (*args, *kwargs.values()):
         if isinstance(cache, Cache):

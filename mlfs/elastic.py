@@ -7,16 +7,17 @@ model and binds them to its subnets.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
+from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.norm import layer_norm, rms_norm
 from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
-from mlfs.sizes import Extent, Scope, Sizes
+from mlfs.sizes import Extent, RowSizes, Scope, Sizes
 
 
 class Elastic(nn.Module):
@@ -56,6 +57,18 @@ class Elastic(nn.Module):
     def extract(self, sizes: Sizes) -> nn.Module:
         """The plain, smaller module that computes the same under `sizes`."""
         raise NotImplementedError
+
+    def _row_sizes(self) -> RowSizes | None:
+        sizes = None if self._scope is None else self._scope.sizes
+        return sizes if isinstance(sizes, RowSizes) else None
+
+    def _per_row(self, x: Tensor, rows: RowSizes, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """`norm` over the leading numbers that each row has; zeros after them."""
+        parts = []
+        for start, end, sizes in rows.runs(x.shape[0]):
+            width = self._extents[0](sizes)
+            parts.append(nn.functional.pad(norm(x[start:end, ..., :width]), (0, x.shape[-1] - width)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _size(self, asked: int | None, full: int, what: str) -> int:
         if asked is None:
@@ -138,8 +151,13 @@ class ElasticLinear(Elastic):
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
         first, live = self.folded_stages, self.live
         weight = self._folded if self._folded is not None else self._matrix()
-        op = sliced_linear_reference if self.weight.requires_grad else sliced_linear
+        trains = self.weight.requires_grad
         lora = list(self.lora_A)[first:live], list(self.lora_B)[first:live], self.scales[first:live]
+        if (rows := self._row_sizes()) is not None and out_features is None:
+            grouped = grouped_sliced_linear_reference if trains else grouped_sliced_linear
+            flat = x.reshape(-1, x.shape[-1])
+            return grouped(flat, weight, self.bias, *lora, self._groups(x, rows)).view(*x.shape[:-1], -1)
+        op = sliced_linear_reference if trains else sliced_linear
         return op(x, weight, self.bias, *lora, self.spans(out_features))
 
     def spans(self, out_features: int | None = None) -> list[int]:
@@ -147,6 +165,15 @@ class ElasticLinear(Elastic):
         if len(self._extents) < 2 or self._scope is None:
             return [0, self._size(out_features, self.out_features, "out_features")]
         return self._fused_spans(self._scope.sizes)
+
+    def _groups(self, x: Tensor, rows: RowSizes) -> list[Group]:
+        tokens = x[0].numel() // x.shape[-1]
+        groups = []
+        for start, end, sizes in rows.runs(x.shape[0]):
+            spans = self._fused_spans(sizes) if self._extents else [0, self.out_features]
+            n = self._reads(sizes) if self._reads else self.in_features
+            groups.append(Group(start * tokens, (end - start) * tokens, n, tuple(spans)))
+        return groups
 
     def train_stage(self, stage: int | None) -> None:
         """Lets only the adapters of `stage` train; None: of no stage."""
@@ -283,6 +310,8 @@ class ElasticLayerNorm(Elastic):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)."""
         _check_width(x, self.weight)
+        if (rows := self._row_sizes()) is not None:
+            return self._per_row(x, rows, lambda part: layer_norm(part, self.weight, self.bias, self.eps))
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def extract(self, sizes: Sizes) -> nn.Module:
@@ -321,6 +350,8 @@ class ElasticRMSNorm(Elastic):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)."""
         _check_width(x, self.weight)
+        if (rows := self._row_sizes()) is not None:
+            return self._per_row(x, rows, lambda part: rms_norm(part, self.weight, self.eps, self.statistics))
         return rms_norm(x, self.weight, self.eps, self.statistics)
 
     def extract(self, sizes: Sizes) -> nn.Module:

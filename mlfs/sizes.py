@@ -85,6 +85,29 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class RowSizes(Sizes):
+    """Maxnet's sizes, for all that rows share, and those of each row of the batch."""
+
+    rows: tuple[Sizes, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.rows)
+
+    def keeps(self, layer: int) -> bool:
+        return any(sizes.keeps(layer) for sizes in self.rows)
+
+    def runs(self, batch: int) -> list[tuple[int, int, Sizes]]:
+        """(first row, end, sizes) of neighbours of one size; MLFSError unless the batch has that many rows."""
+        if batch != len(self.rows):
+            raise MLFSError(
+                f"activate_rows was given {len(self.rows)} subnets, but {batch} rows run: give one for each row "
+                "(each beam and each returned sequence is a row)"
+            )
+        edges = [i for i in range(batch) if i == 0 or self.rows[i] != self.rows[i - 1]]
+        return [(a, b, self.rows[a]) for a, b in zip(edges, [*edges[1:], batch], strict=True)]
+
+
+@dataclass(frozen=True)
 class Extent:
     """How many numbers a module has along an axis: its size there times `unit` (e.g. head_dim for heads)."""
 

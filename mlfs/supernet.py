@@ -1,6 +1,6 @@
 """`SuperTransformer`: a Hugging Face model whose sub-networks share its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mlfs.convert import dimensions, make_elastic
 from mlfs.elastic import Elastic, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, train_stage
 from mlfs.errors import MLFSError
 from mlfs.families import family_of
-from mlfs.sizes import Scope, Sizes
+from mlfs.sizes import RowSizes, Scope, Sizes
 from mlfs.subnet import SearchSpace, Subnet
 
 
@@ -87,9 +87,21 @@ class SuperTransformer(nn.Module):
         with self._scope.activate(self.sizes(subnet)):
             yield self
 
+    @contextmanager
+    def activate_rows(self, subnets: Sequence[Subnet]) -> Iterator["SuperTransformer"]:
+        """Runs each row of a batch at a size of its own inside the block: `subnets[i]` for row i.
+
+        Works for encoders and for `generate`; each row comes out as if it ran alone. Logits and the like are those of
+        each row's subnet; hidden states keep maxnet's width, of which a row's leading `hidden` numbers count.
+        """
+        full = self._scope.default
+        rows = tuple(self.sizes(subnet) for subnet in subnets)
+        with self._scope.activate(RowSizes(full.subnet, full.of_layer, rows)):
+            yield self
+
     @property
     def active(self) -> Subnet:
-        """The subnet that runs now."""
+        """The subnet that runs now; maxnet where rows have their own."""
         return self._scope.sizes.subnet
 
     def sizes(self, subnet: Subnet) -> Sizes:
