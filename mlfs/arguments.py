@@ -36,7 +36,14 @@ class MLFSArguments(TrainingArguments):
     lora_alpha: float = _option(16.0, "An update is scaled by lora_alpha / rank.")
     subnets_per_step: int = _option(4, "Subnets K that see each batch in stages 1 and 2; the first is the full model.")
     subnet_sampling: str = _option(
-        "sandwich", "The other K - 1: 'sandwich' (the smallest, then random ones) or 'random'."
+        "sandwich",
+        "The other K - 1: 'sandwich' (the narrowest at a random depth, then by turns one that is as wide on every axis "
+        "and one drawn axis by axis) or 'random' (each drawn axis by axis).",
+    )
+    subnet_execution: str = _option(
+        "sequential",
+        "How the subnets of an iteration run: 'sequential', one after the other, or 'lockstep', all through each layer "
+        "together (the same gradients; K times the activations; for GPUs).",
     )
     gamma: float = _option(
         0.5, "Gradient scaling: a subnet with n_j of maxnet's n_1 parameters weighs (n_1/n_j)^gamma."
@@ -57,7 +64,7 @@ class MLFSArguments(TrainingArguments):
         "gradient",
         "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'.",
     )
-    order_batches: int = _option(60, "Training batches the ranking is computed from.")
+    order_batches: int = _option(30, "Training batches the ranking is computed from.")
     fold_stages: bool = _option(
         True, "Merge frozen earlier stages into an fp32 copy of the base while a later one trains."
     )
@@ -96,6 +103,7 @@ class MLFSArguments(TrainingArguments):
             raise MLFSError(f"temperature={self.temperature}: expected a positive number")
         for name, choices in (
             ("subnet_sampling", ("sandwich", "random")),
+            ("subnet_execution", ("sequential", "lockstep")),
             ("gamma_normalization", ("weights", "count", "none")),
             ("projection", ("fixed", "learned")),
             ("order", ("gradient", "activation", "magnitude", "none")),

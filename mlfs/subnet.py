@@ -161,6 +161,19 @@ class SearchSpace:
         ffn = tuple(draw(self.ffn) for _ in range(count))
         return Subnet(draw(self.hidden), heads, ffn, layers)
 
+    def sample_level(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
+        """A member that is as wide on every axis: the same relative place in each list of sizes, any depth as above.
+
+        Never the full model, unless there is nothing else.
+        """
+        lists = (self.hidden, self.heads, self.ffn)
+        most = max(len(choices) for choices in lists) - 1
+        kept = self.layers if depths else self.layers[:1]
+        pairs = [(level, layers) for level in range(most + 1) for layers in kept][1:] or [(0, kept[0])]
+        level, layers = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
+        hidden, heads, ffn = (choices[round(level / max(most, 1) * (len(choices) - 1))] for choices in lists)
+        return Subnet(hidden, heads, ffn, layers)
+
     def __contains__(self, subnet: object) -> bool:
         return isinstance(subnet, Subnet) and not self._misfit(subnet)
 

@@ -28,6 +28,7 @@ from mlfs.checkpoint import restore, write_json
 from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.errors import MLFSError
 from mlfs.evaluation import PaletteTrainer
+from mlfs.lockstep import Computed, part_of, rows_of, together
 from mlfs.ordering import importance, permutation_of
 from mlfs.runs import is_saved, is_whole, last_checkpoint
 from mlfs.subnet import SearchSpace, Subnet
@@ -198,52 +199,109 @@ class MLFSTrainer(PaletteTrainer):
         inputs = self._prepare_inputs(inputs)
         subnets = self.draw_subnets()
         weights = self.loss_weights(subnets)
-        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        divisor = 1 if scaled else self.current_gradient_accumulation_steps
-        teaches = len(subnets) > 1
-        total, teacher, losses = torch.zeros((), device=self.args.device), None, []
+        run = self._lockstep if self.args.subnet_execution == "lockstep" and len(subnets) > 1 else self._one_by_one
         with self._without_sync(model):
-            for subnet, weight in zip(subnets, weights, strict=True):
-                batch = dict(inputs)
-                if teaches and self.distiller.uses_features:
-                    batch["output_hidden_states"] = True
-                # the backward pass may recompute: it stays inside
-                with self.supernet.activate(subnet):
-                    with self.compute_loss_context_manager():
-                        loss, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
-                        parts = {"loss": loss.detach()}
-                        if teacher is None:
-                            teacher = detached(outputs)
-                        else:
-                            share = self._share(inputs, num_items_in_batch) if scaled else 1.0
-                            kinds = {"causal": self.causal, "regression": self.regression}
-                            loss, parts = self.distiller(
-                                subnet, loss, outputs, teacher, inputs, share, **kinds, multi_label=self.multi_label
-                            )
-                            parts["loss"] = loss.detach()
-                    self.accelerator.backward(loss * (weight / divisor))
-                losses.append(parts["loss"])
-                total = total + parts["loss"] * (weight / divisor)
-                self._record("max" if subnet is subnets[0] else "min" if subnet == self._min else "rest", parts)
-        if not torch.isfinite(total):
+            losses = run(model, inputs, subnets, weights, num_items_in_batch)
+        if not all(torch.isfinite(loss) for loss in losses):
             self._stop_at_nan(subnets, losses)
         self._sum_gradients()
-        return total.detach()
+        weighted = torch.stack(losses) * torch.tensor(weights, device=self.args.device)
+        return weighted.sum() / self._divisor(num_items_in_batch)
+
+    def _one_by_one(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        subnets: list[Subnet],
+        weights: list[float],
+        num_items_in_batch: Tensor | int | None,
+    ) -> list[Tensor]:
+        """Forward and backward passes of one subnet after the other; their losses, detached."""
+        teacher, losses = None, []
+        for subnet, weight in zip(subnets, weights, strict=True):
+            batch = dict(inputs)
+            if len(subnets) > 1 and self.distiller.uses_features:
+                batch["output_hidden_states"] = True
+            # the backward pass may recompute: it stays inside
+            with self.supernet.activate(subnet):
+                with self.compute_loss_context_manager():
+                    task, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
+                    loss = self._subnet_loss(subnet, task, outputs, teacher, inputs, num_items_in_batch)
+                    teacher = detached(outputs) if teacher is None else teacher
+                self.accelerator.backward(loss * (weight / self._divisor(num_items_in_batch)))
+            losses.append(loss.detach())
+        return losses
+
+    def _lockstep(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        subnets: list[Subnet],
+        weights: list[float],
+        num_items_in_batch: Tensor | int | None,
+    ) -> list[Tensor]:
+        """One pass of all subnets together, each on its own copy of the batch's rows; their losses, detached."""
+        batch, outputs = together(inputs, len(subnets)), None
+        if self.distiller.uses_features:
+            batch["output_hidden_states"] = True
+        rows = [subnet for subnet in subnets for _ in range(rows_of(inputs))]
+        with self.supernet.activate_rows(rows):
+            with self.compute_loss_context_manager():
+                outputs = model(**batch)
+                total, teacher, losses = torch.zeros((), device=self.args.device), None, []
+                for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
+                    mine = part_of(outputs, i, rows_of(inputs), subnet)
+                    stand_in = Computed(self.accelerator.unwrap_model(model), mine)
+                    task, mine = self.compute_loss(stand_in, dict(inputs), True, num_items_in_batch)
+                    loss = self._subnet_loss(subnet, task, mine, teacher, inputs, num_items_in_batch)
+                    teacher = detached(mine) if teacher is None else teacher
+                    total = total + loss * weight
+                    losses.append(loss.detach())
+            self.accelerator.backward(total / self._divisor(num_items_in_batch))
+        return losses
+
+    def _subnet_loss(
+        self,
+        subnet: Subnet,
+        task: Tensor,
+        outputs: Any,
+        teacher: dict[str, Any] | None,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """The task loss of the first subnet, the teacher; of the others with what they learn from it. Recorded."""
+        loss, parts = task, {}
+        if teacher is not None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            share = self._share(inputs, num_items_in_batch) if scaled else 1.0
+            kinds = {"causal": self.causal, "regression": self.regression, "multi_label": self.multi_label}
+            loss, parts = self.distiller(subnet, task, outputs, teacher, inputs, share, **kinds)
+        who = "max" if teacher is None else "min" if subnet == self._min else "rest"
+        self._record(who, {**parts, "loss": loss.detach()})
+        return loss
+
+    def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What losses are divided by where gradients accumulate: nothing, if they are scaled to the whole already."""
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
 
     def draw_subnets(self) -> list[Subnet]:
-        """The subnets of this iteration: maxnet, then (sandwich) the smallest, then random ones; maxnet alone in
-        stage 0. The same in every process and after resuming: drawn from seed, stage, step and batch."""
+        """The subnets of this iteration: maxnet, then those of `subnet_sampling`; maxnet alone in stage 0. The same in
+        every process and after resuming: drawn from seed, stage, step and batch."""
         step, seen = self._draws
         seen = seen + 1 if step == self.state.global_step else 0
         self._draws = (self.state.global_step, seen)
-        space, count = self.supernet.space, self.args.subnets_per_step
+        space, count, depths = self.supernet.space, self.args.subnets_per_step, self.stage == 2
         if self.stage == 0 or count == 1:
             return [space.max]
         key = f"{self.args.seed}/{self.stage}/{self.state.global_step}/{seen}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        fixed = [space.max, self._min] if self.args.subnet_sampling == "sandwich" else [space.max]
-        random = [space.sample(generator, depths=self.stage == 2) for _ in range(count - len(fixed))]
-        return fixed[:count] + random
+        if self.args.subnet_sampling == "random":
+            return [space.max, *(space.sample(generator, depths) for _ in range(count - 1))]
+        depth = int(torch.randint(len(space.layers), (1,), generator=generator)) if depths else 0
+        narrow = Subnet(space.hidden[-1], space.heads[-1], space.ffn[-1], space.layers[depth])
+        draws = [space.sample if i % 2 else space.sample_level for i in range(count - 2)]
+        return [space.max, narrow, *(draw(generator, depths) for draw in draws)]
 
     def loss_weights(self, subnets: list[Subnet]) -> list[float]:
         """(n_1 / n_j)^γ of each subnet, normalised as `gamma_normalization` says."""
@@ -373,15 +431,17 @@ class MLFSTrainer(PaletteTrainer):
     def _make_room(self) -> None:
         """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
         folders = [self.run_folder / f"stage-{stage}" for stage in self.args.stages_to_train]
-        if not (taken := [folder for folder in folders if folder.exists()]) or not self.args.should_save:
-            return
-        if not self.args.overwrite_run:
+        taken = [folder for folder in folders if folder.exists()]
+        if taken and not self.args.overwrite_run:
             raise MLFSError(
                 f"{self.run_folder} holds a run already ({taken[0].name}): go on with resume_from_checkpoint=True, "
                 "choose another output_dir, or delete it with overwrite_run=True"
             )
-        for folder in taken:
-            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()  # all have looked before one deletes
+        if self.args.should_save:
+            for folder in taken:
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -181,9 +181,7 @@ def test_wrong_base_is_refused_and_named(saved, change):
     with pytest.raises(MLFSError, match=message) as raised:
         SuperTransformer.from_pretrained(folder, model=model)
     assert "\n" not in str(raised.value)
-    assert not any(isinstance(module, Elastic) for module in model.modules()), (
-        "a refused base is left as it was"
-    )
+    assert not any(isinstance(module, Elastic) for module in model.modules()), "a refused base is left as it was"
     assert all(parameter.requires_grad for parameter in model.parameters())
     supernet = SuperTransformer(model, space_of("bert", per_layer=True), rank=4, alpha=8.0)
     before = {key: value.clone() for key, value in supernet.state_dict().items()}

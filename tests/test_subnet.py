@@ -236,6 +236,27 @@ def test_samples_reach_every_size_about_equally_often():
         assert all(850 < count < 1150 for count in counts.values()), counts
 
 
+@given(spaces(), st.integers(0, 2**31), st.booleans())
+def test_level_samples_are_members_as_wide_on_every_axis(space, seed, depths):
+    subnet = space.sample_level(torch.Generator().manual_seed(seed), depths)
+    space.check(subnet)
+    assert depths or subnet.layers == space.layers[0]
+    ends = [(getattr(space, axis)[0], getattr(space, axis)[-1]) for axis in ("hidden", "heads", "ffn")]
+    longest = max(len(space.hidden), len(space.heads), len(space.ffn))
+    if longest == 2:  # nothing between: all wide, or all narrow
+        assert (subnet.hidden, subnet.heads, subnet.ffn) in list(zip(*ends, strict=True))
+
+
+def test_level_samples_reach_every_level_and_depth_but_the_full_model_about_equally_often():
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(SPACE.sample_level(generator) for _ in range(3200))
+    levels = list(zip(SPACE.hidden, SPACE.heads, SPACE.ffn, strict=True))
+    assert set(drawn) == {Subnet(*level, layers) for level in levels for layers in SPACE.layers} - {SPACE.max}
+    assert all(320 < count < 480 for count in drawn.values()), drawn
+    alone = SearchSpace((48,), (6,), (40,), ((0, 1, 2, 3),))
+    assert alone.sample_level() == alone.max
+
+
 def test_samples_without_a_generator_follow_the_global_seed():
     torch.manual_seed(3)
     first = [SPACE.sample() for _ in range(5)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from mlfs import MLFSArguments, MLFSError, MLFSTrainer, SearchSpace, SuperTransformer
+from mlfs import MLFSArguments, MLFSError, MLFSTrainer, SearchSpace, Subnet, SuperTransformer
 from mlfs.distillation import output_divergence
 from mlfs.elastic import ElasticLinear
 from mlfs.runs import last_checkpoint
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_weighted_sum_of_losses(tmp_path: Path) -> No
 
     t._draws = (-1, 0)
     subnets = t.draw_subnets()
-    assert subnets[0] == SPACE.max and subnets[1] == SPACE.min and len(subnets) == 4
+    assert subnets[0] == SPACE.max and len(subnets) == 4
     supernet.model.eval()
     used = [supernet.count_trainable(s) for s in subnets]
     weights = [(used[0] / n) ** 0.7 for n in used]
@@ -120,6 +120,68 @@ def test_gradients_are_those_of_the_weighted_sum_of_losses(tmp_path: Path) -> No
         expected = dict(supernet.own_parameters())[name].grad
         assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6), name
     assert any("lora_A.2" in n for n in found) and not any("lora_A.1" in n for n in found)
+
+
+LABELLED = [
+    ("bert", "ForSequenceClassification"), ("bert", "ForTokenClassification"), ("distilbert", "ForMaskedLM"),
+    ("llama", "ForCausalLM"), ("gpt2", "LMHeadModel"),
+]  # fmt: skip
+SMOOTHED = [(*model, smoothing) for model in LABELLED for smoothing in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize("name, suffix, smoothing", [*SMOOTHED, ("roberta", "ForQuestionAnswering", 0.0)])
+def test_lockstep_gives_the_gradients_of_one_subnet_after_the_other(tmp_path, name, suffix, smoothing) -> None:
+    batch = {k: torch.tensor(v) for k, v in rows(4, causal=suffix != "ForSequenceClassification").to_dict().items()}
+    batch["attention_mask"][1, 5:] = 0
+    if suffix == "ForQuestionAnswering":
+        batch |= {"start_positions": torch.tensor([1, 2, 0, 3]), "end_positions": torch.tensor([4, 4, 8, 3])}
+        del batch["labels"]
+    elif suffix == "ForTokenClassification":
+        batch["labels"] = batch["labels"] % 2
+    if suffix != "ForSequenceClassification" and "labels" in batch:
+        batch["labels"][0, 3:] = -100
+    found, losses = {}, {}
+    for how in ("sequential", "lockstep"):
+        torch.manual_seed(0)
+        options = {"dropout_stages": [], "distill_beta": [0.3], "label_smoothing_factor": smoothing}
+        t = trainer(tmp_path / how, name, suffix, subnet_execution=how, **options)
+        generator = torch.Generator().manual_seed(0)
+        for key, p in t.supernet.own_parameters().items():
+            if "lora_B" in key:
+                p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+        t.stage = 2
+        t.supernet.train_stage(2)
+        t.create_optimizer()
+        t.current_gradient_accumulation_steps = 2
+        t.state.global_step = 5
+        items = (batch["labels"] != -100).sum() if suffix in ("ForCausalLM", "LMHeadModel") else None
+        losses[how] = t.training_step(t.supernet.model, dict(batch), items)
+        found[how] = {n: p.grad for n, p in t.supernet.own_parameters().items() if p.grad is not None}
+    assert torch.allclose(losses["sequential"], losses["lockstep"], rtol=1e-5)
+    assert found["sequential"].keys() == found["lockstep"].keys()
+    for key, gradient in found["sequential"].items():
+        largest = gradient.abs().max()
+        assert (found["lockstep"][key] - gradient).abs().max() <= 1e-4 * largest + 1e-7, key
+
+
+def test_sandwich_draws_maxnet_the_narrowest_a_level_and_an_independent_one(tmp_path) -> None:
+    t = trainer(tmp_path, subnets_per_step=4)
+    t.stage = 2
+    drawn = []
+    for step in range(300):
+        t.state.global_step = step
+        drawn.append(t.draw_subnets())
+    assert all(subnets[0] == SPACE.max for subnets in drawn)
+    narrow = {Subnet(SPACE.hidden[-1], SPACE.heads[-1], SPACE.ffn[-1], layers) for layers in SPACE.layers}
+    assert {subnets[1] for subnets in drawn} == narrow
+    levels = {SPACE.sample_level(torch.Generator().manual_seed(i)) for i in range(200)}
+    assert {subnets[2] for subnets in drawn} == levels
+    assert len({subnets[3] for subnets in drawn}) > len(levels)
+    t.stage = 1
+    widths = [t.draw_subnets() for t.state.global_step in range(300)]
+    assert all(subnet.layers == SPACE.layers[0] for subnets in widths for subnet in subnets)
+    t.args.subnet_sampling = "random"
+    assert len({t.draw_subnets()[1] for t.state.global_step in range(300)}) > 2 * len(narrow)
 
 
 def test_ignored_labels_are_ignored_by_the_distillation() -> None:
