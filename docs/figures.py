@@ -35,12 +35,13 @@ def palette(result: dict[str, Any], path: Path) -> None:
         axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=BLUE, markersize=8,
                   label=f"all sizes from one mlfs run ({ours['seconds'] / 60:.0f} min)")  # fmt: skip
         for x, y, size in points:
-            axes.annotate(size, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=7, color=GREY)
+            place = {"xytext": (-7, 3), "ha": "right"} if x == points[-1][0] else {"xytext": (5, -11)}
+            axes.annotate(size, (x, y), textcoords="offset points", fontsize=7, color=GREY, **place)
     axes.set(
         xlabel="parameters (millions; 11.9 of them word embeddings at full width)", ylabel="SST-2 dev accuracy (%)"
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
