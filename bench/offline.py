@@ -30,6 +30,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
+_LABEL = re.compile(r"^\.?([\w.$]+):")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What multiplies matrices, by architecture.
 MATRIX = {
@@ -92,8 +93,11 @@ class Launch:
 
     @cached_property
     def main_loop(self) -> list[str]:
-        """The instructions of the loop with the most matrix instructions: from a branch's target to the branch back."""
-        return max(self._loops(), key=lambda loop: (self._count(loop), -len(loop)), default=[])
+        """Of the innermost loops with matrix instructions the one with most: from a branch's target to the branch."""
+        loops = [(a, b) for a, b in self._loops() if self._count(self.assembly[a:b])]
+        inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+        a, b = max(inner, key=lambda ends: self._count(self.assembly[slice(*ends)]), default=(0, 0))
+        return [line for line in self.assembly[a:b] if not _LABEL.match(line)]
 
     @property
     def global_load_bits(self) -> int:
@@ -112,14 +116,14 @@ class Launch:
     def _count(self, lines: list[str]) -> int:
         return sum(bool(re.search(MATRIX[self.arch], line)) for line in lines)
 
-    def _loops(self) -> Iterator[list[str]]:
-        label = re.compile(r"^\.?([\w.$]+):")
-        places = {m[1]: i for i, line in enumerate(self.assembly) if (m := label.match(line))}
+    def _loops(self) -> Iterator[tuple[int, int]]:
+        """(first line, end) of each branch back and what it goes back to."""
+        places = {m[1]: i for i, line in enumerate(self.assembly) if (m := _LABEL.match(line))}
         for i, line in enumerate(self.assembly):
             if found := re.search(r"\b(?:BRA\S*|s_c?branch\w*)\s.*?\(?`?\(?\.?([\w$.]*L\w+)", line):
                 start = places.get(found[1])
                 if start is not None and start < i:
-                    yield [x for x in self.assembly[start : i + 1] if not label.match(x)]
+                    yield start, i + 1
 
 
 class _Driver:
@@ -147,7 +151,8 @@ def offline(arch: str, run: Callable[[Launch], None] | None = None) -> Iterator[
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
         bound = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
-        launch = Launch(self.__name__, arch, kernel, tuple(grid), [bound[name] for name in self.arg_names])
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        launch = Launch(name, arch, kernel, tuple(grid), [bound[name] for name in self.arg_names])
         launches.append(launch)
         if run is not None:
             run(launch)

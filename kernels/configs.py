@@ -75,7 +75,7 @@ _CDNA = (
     Config(32, 64, 64, 4, 2),
     Config(16, 64, 128, 4, 2),
 )
-_RDNA = (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(16, 64, 64, 2, 2))
+_RDNA = (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(16, 64, 32, 2, 2))
 PRODUCT: dict[str, tuple[Config, ...]] = {
     "sm80": _AMPERE,
     "sm86": _AMPERE,
@@ -88,6 +88,8 @@ PRODUCT: dict[str, tuple[Config, ...]] = {
 }
 
 
+# Depth of a tile and pipeline stages where tiles are thin and loads are all there is: the thin product, and decoding.
+THIN = {"gfx942": (64, 2), "gfx1100": (32, 2), "sm86": (64, 3), "sm89": (64, 3)}
 _assumed: str | None = None
 
 
@@ -117,12 +119,19 @@ def architecture(device: torch.device) -> str:
     return f"sm{fitting[-1] if fitting else known[0]}"
 
 
+def thin(device: torch.device, itemsize: int) -> tuple[int, int]:
+    """(block_k, stages) of the thin kernels for operands of that size."""
+    block_k, stages = THIN.get(architecture(device), (128, 3))
+    return max(block_k * 2 // itemsize, 16) if itemsize > 2 else block_k, stages
+
+
 def candidates(
     arch: str, tokens: int, columns: int, itemsize: int, weight_itemsize: int, epilogue: bool = False
 ) -> list[Config]:
     """The configurations that fit the device, best first by the cost model.
 
-    With an epilogue beyond the bias a tile has at most 128 × 128 numbers: bigger ones spill (see bench/gpu_static.py).
+    With an epilogue beyond the bias, or in a loop over tiles, a tile has at most 128 × 128 numbers: bigger ones spill
+    (see bench/gpu_static.py).
 
     The model: waves of blocks over the multiprocessors, times the work of one tile, padding included; tiles that reuse
     little of what they load (low block_t · block_c / (block_t + block_c)) are charged for the loads.

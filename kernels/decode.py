@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import DEVICES, architecture
+from mlfs.kernels.configs import DEVICES, architecture, thin
 from mlfs.kernels.epilogue import apply_activation
 from mlfs.kernels.sliced_linear import (
     Stages,
@@ -27,7 +27,7 @@ from mlfs.kernels.sliced_linear import (
 )
 
 MAX_TOKENS = 16
-BLOCK_C, BLOCK_K = 64, 128
+BLOCK_C = 64
 
 
 @triton.jit
@@ -126,22 +126,22 @@ def forward(
     y, column = x.new_empty((tokens, sum(spans[1::2]))), 0
     if not y.numel():
         return y
-    w = weight.t()
+    w, (block_k, pipeline) = weight.t(), thin(x.device, max(x.dtype.itemsize, weight.dtype.itemsize))
     for some in in_launches(spans):
         columns = sum(some[1::2])
         out = slice(column, column := column + columns)
         tiles = sum(triton.cdiv(length, BLOCK_C) for length in some[1::2])
         wanted = max(1, 2 * DEVICES[architecture(x.device)].processors // tiles)
-        chunk = triton.cdiv(max(triton.cdiv(depth, wanted), 1), BLOCK_K) * BLOCK_K
+        chunk = triton.cdiv(max(triton.cdiv(depth, wanted), 1), block_k) * block_k
         parts = max(1, triton.cdiv(depth, chunk))
         partial = torch.empty((parts, tokens, columns), dtype=torch.float32, device=x.device)
         a, b = stages.three(stages.a, x), stages.three(stages.b, x)
         _parts[(tiles, parts)](
             x, w, *a, *b, partial, tokens, depth, chunk, columns, x.stride(0), *w.stride(),
             a[0].stride(0), b[0].stride(0), *(stages.scales + [0.0] * 3)[:3], *six(some), STAGES=stages.count,
-            RANK=max(stages.rank, 1), SPANS=len(some) // 2, EVEN_K=depth % BLOCK_K == 0, PRECISION=precision_of(x),
-            BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
-            BLOCK_R=max(16, triton.next_power_of_2(max(stages.width, 1))), num_warps=4, num_stages=4,
+            RANK=max(stages.rank, 1), SPANS=len(some) // 2, EVEN_K=depth % block_k == 0, PRECISION=precision_of(x),
+            BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=block_k,
+            BLOCK_R=max(16, triton.next_power_of_2(max(stages.width, 1))), num_warps=4, num_stages=pipeline,
         )  # fmt: skip
         goal = y[:, out]
         _sum[(tiles,)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import DEVICES, Config, architecture, choose
+from mlfs.kernels.configs import DEVICES, Config, architecture, choose, thin
 from mlfs.kernels.sliced_linear import Stages, accumulate, dot, launch_finish, precision_of, stage_of, with_rows
 
 FIELDS = 8  # of a group, in memory: n, then (start, length) of up to three spans, and padding
@@ -51,7 +51,7 @@ def _thin(
     if SPANS == 0:
         acc = accumulate(acc, xs, ps, tl.load(group), step, in_rows, in_ranks, BLOCK_K, EVEN_K, PRECISION)
     for i in tl.static_range(SPANS):
-        start = tl.multiple_of(tl.load(group + 1 + 2 * i), ALIGN).to(tl.int64)
+        start = tl.load(group + 1 + 2 * i).to(tl.int64) * ALIGN
         length = tl.load(group + 2 + 2 * i)
         acc = accumulate(acc, xs + start, ps + start * p_k, length, step, in_rows, in_ranks, BLOCK_K, EVEN_K, PRECISION)
     acc *= stage_of(q, c0, c1, c2, RANK, STAGES)
@@ -70,7 +70,7 @@ def _product(
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
         entry = table + i * 5
         t = tl.load(entry) + tl.arange(0, BLOCK_T)
-        c = tl.multiple_of(tl.load(entry + 2), ALIGN) + tl.arange(0, BLOCK_C)
+        c = tl.load(entry + 2) * ALIGN + tl.arange(0, BLOCK_C)
         in_rows, in_columns = t < tl.load(entry + 1), c < tl.load(entry + 3)
         number = tl.load(entry + 4)
         live = number >= 0
@@ -85,7 +85,7 @@ def _product(
             depth = tl.where(live, tl.load(group), 0)
             acc = accumulate(acc, xs, ws, depth, step, in_rows, in_columns, BLOCK_K, EVEN_K, PRECISION)
         for s in tl.static_range(SPANS):
-            start = tl.multiple_of(tl.load(group + 1 + 2 * s), ALIGN).to(tl.int64)
+            start = tl.load(group + 1 + 2 * s).to(tl.int64) * ALIGN
             depth = tl.where(live, tl.load(group + 2 + 2 * s), 0)
             acc = accumulate(
                 acc, xs + start, ws + start * w_k, depth, step, in_rows, in_columns, BLOCK_K, EVEN_K, PRECISION
@@ -109,8 +109,8 @@ def _product(
 @triton.jit
 def _reduce(
     g, x, partial, chunks, groups, ranks, columns, g_t, x_t,
-    SPANS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    FIELDS: tl.constexpr,
+    SPANS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """partial[i, q, c] = Σ_t g[t, q] · x[t, c] over chunk i of tokens, for the columns its group reads (SPANS = 0) or
     writes; zero elsewhere."""
@@ -124,7 +124,7 @@ def _reduce(
     else:
         live = c < 0
         for s in tl.static_range(SPANS):
-            start = tl.load(group + 1 + 2 * s)
+            start = tl.load(group + 1 + 2 * s) * ALIGN
             live = live | ((c >= start) & (c < start + tl.load(group + 2 + 2 * s)))
     in_ranks, in_columns = q < ranks, c < columns
     t = first.to(tl.int64) + tl.arange(0, BLOCK_T)
@@ -216,7 +216,7 @@ def _launch_thin(
 ) -> None:
     if not stages.width:
         return
-    block_t, block_k = 16, 128 if x.dtype.itemsize == 2 else 64
+    block_t, (block_k, pipeline) = 16, thin(x.device, max(x.dtype.itemsize, p[0].dtype.itemsize))
     p_q, p_k = (1, p[0].stride(0)) if reads_spans else (p[0].stride(0), 1)
     table = _token_tiles(groups, block_t, x.device)
     depths = [n for group in groups for n in (group.spans[1::2] if reads_spans else (group.n,))]
@@ -224,7 +224,7 @@ def _launch_thin(
         x, *stages.three(p, x), h, table, _fields(groups, x.device), x.stride(0), h.stride(0), p_q, p_k,
         *(stages.scales + [0.0] * 3)[:3], STAGES=stages.count, RANK=stages.rank, SPANS=_spans(groups, reads_spans),
         EVEN_K=all(depth % block_k == 0 for depth in depths), ALIGN=_alignment(groups), PRECISION=precision_of(x),
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=stages.block_r, FIELDS=FIELDS, num_warps=4, num_stages=3,
+        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=stages.block_r, FIELDS=FIELDS, num_warps=4, num_stages=pipeline,
     )  # fmt: skip
     if stages.vector is not None:
         h.mul_(stages.vector)
@@ -260,7 +260,7 @@ def _launch_product(
         )  # fmt: skip
 
     if config is None:
-        config = choose("grouped", arch, (*y.shape, x.shape[1]), (x.dtype, w.dtype), run)
+        config = choose("grouped", arch, (*y.shape, x.shape[1]), (x.dtype, w.dtype), run, epilogue=True)
     run(config)
 
 
@@ -276,8 +276,8 @@ def _launch_reduce(g: Tensor, x: Tensor, groups: tuple[Group, ...], reads_spans:
     partial = torch.empty((chunks.shape[0], ranks, columns), dtype=torch.float32, device=x.device)
     _reduce[(triton.cdiv(columns, block_c), chunks.shape[0], triton.cdiv(ranks, block_r))](
         g, x, partial, chunks, _fields(groups, x.device), ranks, columns, g.stride(0), x.stride(0),
-        SPANS=_spans(groups, reads_spans), PRECISION=precision_of(x), BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r,
-        FIELDS=FIELDS, num_warps=4, num_stages=3,
+        SPANS=_spans(groups, reads_spans), ALIGN=_alignment(groups), PRECISION=precision_of(x), BLOCK_T=block_t,
+        BLOCK_C=block_c, BLOCK_R=block_r, FIELDS=FIELDS, num_warps=4, num_stages=3,
     )  # fmt: skip
     return partial
 
@@ -288,13 +288,18 @@ def _spans(groups: tuple[Group, ...], reads_spans: bool) -> int:
 
 @lru_cache(maxsize=1024)
 def _alignment(groups: tuple[Group, ...]) -> int:
-    """16 if all that is read and written starts at a multiple of it, else 1."""
+    """16 if all that is read and written starts at a multiple of it, else 1. Tables hold starts in units of it, so that
+    the compiler can tell which loads are aligned."""
     return 16 if all(n % 16 == 0 for group in groups for n in (group.n, *group.spans)) else 1
 
 
 @lru_cache(maxsize=1024)
 def _fields(groups: tuple[Group, ...], device: torch.device) -> Tensor:
-    rows = [[group.n, *group.spans, *[0] * (FIELDS - 1 - len(group.spans))] for group in groups]
+    align, rows = _alignment(groups), []
+    for group in groups:
+        pairs = zip(group.spans[::2], group.spans[1::2], strict=True)
+        spans = [number for start, length in pairs for number in (start // align, length)]
+        rows.append([group.n, *spans, *[0] * (FIELDS - 1 - len(spans))])
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
@@ -319,7 +324,7 @@ def _tiles(
     backward: bool,
     device: torch.device,
 ) -> Tensor:
-    """(first token, end, first column, end, group or -1 for zeros) of the tiles of y, column by column."""
+    """(first token, end, first column in units of the alignment, end, group or -1 for zeros) of the tiles of y."""
     rows = []
     for i, group in enumerate(groups):
         spans = (0, group.n) if backward else group.spans
@@ -330,7 +335,9 @@ def _tiles(
     for first, end in _gaps(covered, tokens):
         rows += [(*tile, -1) for tile in _cover(first, end - first, [(0, columns)], block_t, block_c)]
     rows.sort(key=lambda row: (row[4] < 0, row[2], row[0]))
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    align = _alignment(groups)
+    units = [(t, t_end, c // align, c_end, group) for t, t_end, c, c_end, group in rows]
+    return torch.tensor(units, dtype=torch.int32, device=device)
 
 
 def _cover(first: int, tokens: int, parts: list[tuple[int, int]], block_t: int, block_c: int) -> list[tuple[int, ...]]:

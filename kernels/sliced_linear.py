@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose
+from mlfs.kernels.configs import Config, architecture, choose, thin
 from mlfs.kernels.epilogue import activation_backward_kernel, apply_activation
 
 MAX_SPANS = MAX_STAGES = 3  # in one launch; more spans take more launches, more stages are packed into one
@@ -375,14 +375,14 @@ def _launch_thin(
     tokens = x.shape[0]
     p_q, p_k = (1, p[0].stride(0)) if reads_spans else (p[0].stride(0), 1)
     block_t = 16 if tokens <= 2048 else 32 if tokens <= 8192 else 64
-    block_k = 128 if x.dtype.itemsize == 2 else 64
+    block_k, pipeline = thin(x.device, max(x.dtype.itemsize, p[0].dtype.itemsize))
     used = spans[1::2] if reads_spans else [depth]
     _thin[(triton.cdiv(tokens, block_t), triton.cdiv(stages.width, stages.block_r))](
         x, *stages.three(p, x), h, tokens, depth, x.stride(0), h.stride(0), p_q, p_k,
         *(stages.scales + [0.0] * 3)[:3], *six(spans),
         STAGES=stages.count, RANK=stages.rank, SPANS=len(used) if reads_spans else 0,
         EVEN_K=all(length % block_k == 0 for length in used), PRECISION=precision_of(x),
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=stages.block_r, num_warps=4, num_stages=3,
+        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=stages.block_r, num_warps=4, num_stages=pipeline,
     )  # fmt: skip
     if stages.vector is not None:
         h.mul_(stages.vector)

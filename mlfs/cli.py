@@ -25,8 +25,8 @@ verbs:
 TRAIN_DESCRIPTION = """Trains a super-transformer in three stages; prints what each size costs and scores.
 
   mlfs train --model minilm --train_file train.tsv --validation_file dev.tsv --output_dir runs/rte
-  mlfs train examples/sst2.yaml --seed 1            options from a YAML file; flags override it
-  mlfs train examples/sst2.yaml --resume_from_checkpoint true
+  mlfs train examples/minilm_sst2.yaml --seed 1            options from a YAML file; flags override it
+  mlfs train examples/minilm_sst2.yaml --resume_from_checkpoint true
 
 The run folder holds the stages (a few megabytes; not the base), results.json and the log."""
 

@@ -1,0 +1,98 @@
+"""Runs compiled gfx1100 machine code on a CPU, with the emulator of a tinygrad checkout that TINYGRAD names.
+
+What the interpreter cannot show shows here: a miscompiled mask, a race, a wrong pointer width. AMD's code object is an
+ELF file: its segments are laid out in memory, the kernel descriptor gives the entry point and what to allocate, and the
+arguments go into the kernarg segment in the order of the signature.
+"""
+
+import ctypes
+import io
+import os
+import struct
+import sys
+from typing import Any
+
+import torch
+
+from bench.offline import Launch
+
+ARCH, WAVE = "gfx1100", 32
+_S_NOP = struct.pack("<II", 0xBF800000, 0xBF800000)
+# buffer_gl0_inv and buffer_gl1_inv: cache invalidations, which the emulator does not decode and does not need
+_INVALIDATIONS = [struct.pack("<II", word, 0) for word in (0xE0AC0000, 0xE0B00000)]
+_LDS_SHIFT, _LDS_UNIT = 15, 512  # of compute_pgm_rsrc2
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    place = os.environ.get("TINYGRAD")
+    if not place or not os.path.isfile(os.path.join(place, "test", "mockgpu", "amd", "emu.py")):
+        return "TINYGRAD names no checkout of tinygrad"
+    try:
+        import elftools  # noqa: F401
+    except ImportError:
+        return "pyelftools is not installed"
+    return None
+
+
+def emulate(launch: Launch) -> None:
+    """Executes a launch that was compiled for gfx1100, on its CPU tensors, in place."""
+    sys.path.insert(0, os.environ["TINYGRAD"])
+    try:
+        from test.mockgpu.amd.emu import run_asm
+    finally:
+        sys.path.pop(0)
+    image, size, descriptor = _load(launch.kernel.asm["hsaco"])
+    base = ctypes.addressof(image) + (-ctypes.addressof(image)) % 4096
+    lds, scratch, kernarg, _, entry = struct.unpack_from("<IIIIq", ctypes.string_at(base + descriptor, 64))
+    (resources,) = struct.unpack_from("<I", ctypes.string_at(base + descriptor, 64), 52)
+    lds = max(lds, launch.kernel.metadata.shared)
+    resources &= ~(0x1FF << _LDS_SHIFT)
+    resources |= -(-lds // _LDS_UNIT) << _LDS_SHIFT
+    grid = (*launch.grid, 1, 1)[:3]
+    explicit = _pack(launch)
+    # Triton adds pointers to two scratch buffers; then come the hidden arguments, of which tl.num_programs reads these
+    explicit += bytes(-len(explicit) % 8) + bytes(16) + struct.pack("<III", *grid)
+    arguments = ctypes.create_string_buffer(explicit + bytes(max(kernarg - len(explicit), 0) + 64))
+    threads = launch.kernel.metadata.num_warps * WAVE
+    code = base + descriptor + entry
+    run_asm(code, size, *grid, threads, 1, 1, ctypes.addressof(arguments), resources, scratch, "rdna3")
+
+
+def _load(blob: bytes) -> tuple[Any, int, int]:
+    """(memory that holds the segments from its first page on, their size, offset of the kernel descriptor)."""
+    from elftools.elf.elffile import ELFFile
+
+    elf = ELFFile(io.BytesIO(blob))
+    segments = [s for s in elf.iter_segments() if s["p_type"] == "PT_LOAD"]
+    size = max(s["p_vaddr"] + s["p_memsz"] for s in segments)
+    image = ctypes.create_string_buffer(size + 8192)
+    base = ctypes.addressof(image) + (-ctypes.addressof(image)) % 4096
+    for segment in segments:
+        data = segment.data()
+        for word in _INVALIDATIONS:
+            data = data.replace(word, _S_NOP)
+        ctypes.memmove(base + segment["p_vaddr"], data, segment["p_filesz"])
+    table = elf.get_section_by_name(".symtab") or elf.get_section_by_name(".dynsym")
+    descriptor = next(s for s in table.iter_symbols() if s.name.endswith(".kd"))["st_value"]
+    return image, size, descriptor
+
+
+def _pack(launch: Launch) -> bytes:
+    """The arguments as the kernel expects them: what was compiled in as a constant is left out."""
+    signature = launch.kernel.src.signature
+    out = bytearray()
+    for (name, kind), value in zip(signature.items(), launch.arguments, strict=True):
+        if kind == "constexpr":
+            continue
+        if isinstance(value, torch.Tensor):
+            code, number, width = "<Q", value.data_ptr(), 8
+        elif kind.startswith("fp"):
+            code, number, width = "<f", float(value), 4
+        else:
+            width = 8 if kind.endswith("64") else 4
+            code, number = "<q" if width == 8 else "<i", int(value)
+        out += bytes(-len(out) % width)
+        assert name, out
+        out += struct.pack(code, number)
+    return bytes(out)

@@ -1,0 +1,118 @@
+"""Each kernel's machine code for gfx1100, executed on a CPU and compared with the reference in float64.
+
+    TINYGRAD=<a checkout of tinygrad> python -m tests.kernels.emulated_cases sliced_linear float16 0
+
+Run by test_emulated.py in processes of their own, as Triton's interpreter and its compiler cannot both be used in one.
+Sizes are small, since each instruction is emulated, but cross every tile edge.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from bench.offline import offline
+from mlfs.kernels import decode, grouped, norm, sliced_linear
+from mlfs.kernels.configs import PRODUCT, Config
+from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
+from mlfs.ops.norm import add_norm_reference
+from mlfs.ops.sliced_linear import sliced_linear_reference
+from tests.emulator import ARCH, emulate
+
+CONFIGS = PRODUCT[ARCH][1:]
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
+
+
+def randn(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(size) * scale).to(dtype)
+
+
+def run_sliced_linear(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    tokens, n, spans, rank = 37, 44, [3, 40, 50, 9], 5
+    m = sum(spans[1::2])
+    x, weight, bias = randn(tokens, n, dtype=dtype), randn(64, 48, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
+    a, b = [randn(rank, 48, scale=0.15) for _ in range(2)], [randn(64, rank, scale=0.5) for _ in range(2)]
+    scales, residual, dy = [2.0, 0.5], randn(tokens, m, dtype=dtype), randn(tokens, m, dtype=dtype)
+    with offline(ARCH, emulate):
+        layer = (a, b, scales, spans)
+        y, h, z = sliced_linear.forward(x, weight, bias, *layer, "gelu", None, residual, True, config)
+        dz, _ = sliced_linear.activation_backward(dy, z, None, "gelu")
+        found = sliced_linear.backward(dz, x, h, weight, *layer, [True, True], True, n, config)
+    exact = [t.double().requires_grad_() for t in (x, *a, *b)]
+    xd, ad, bd = exact[0], exact[1:3], exact[3:]
+    goal = sliced_linear_reference(
+        xd, weight.double(), bias.double(), ad, bd, scales, spans, "gelu", None, residual.double()
+    )
+    goal.backward(dy.double())
+    order = [xd.grad, ad[0].grad, bd[0].grad, ad[1].grad, bd[1].grad]
+    return [(y, goal), *zip(found, order, strict=True)]
+
+
+def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    groups = (Group(0, 35, 48, (0, 64)), Group(35, 9, 33, (0, 20, 40, 10)), Group(46, 4, 16, (0, 16)))
+    x, weight, bias = randn(52, 48, dtype=dtype), randn(64, 48, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
+    a, b, scales = [randn(4, 48, scale=0.15)], [randn(64, 4, scale=0.5)], [2.0]
+    dy = randn(52, 64, dtype=dtype)
+    with offline(ARCH, emulate):
+        y, h = grouped.forward(x, weight, bias, a, b, scales, groups, config)
+        found = grouped.backward(dy, x, h, weight, a, b, scales, groups, [True], True, config)
+    xd, ad, bd = (t.double().requires_grad_() for t in (x, a[0], b[0]))
+    goal = grouped_sliced_linear_reference(xd, weight.double(), bias.double(), [ad], [bd], scales, groups)
+    goal.backward(dy.double())
+    return [(y, goal), *zip(found, (xd.grad, ad.grad, bd.grad), strict=True)]
+
+
+def run_decode(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Its tiles are its own; the two cases are one token over aligned sizes, and several over odd ones."""
+    tokens, n, spans = (1, 96, [0, 80]) if config == CONFIGS[0] else (7, 75, [0, 33, 40, 30])
+    x, weight, bias = randn(tokens, n, dtype=dtype), randn(80, 96, dtype=dtype, scale=0.1), randn(80, dtype=dtype)
+    a, b, scales = [randn(8, 96, scale=0.1) for _ in range(3)], [randn(80, 8, scale=0.5) for _ in range(3)], [2.0] * 3
+    operand = randn(tokens, sum(spans[1::2]), dtype=dtype)
+    with offline(ARCH, emulate):
+        y = decode.forward(x, weight, bias, a, b, scales, spans, "silu_mul", operand)
+    exact = [[t.double() for t in stages] for stages in (a, b)]
+    wide = (x.double(), weight.double(), bias.double())
+    return [(y, sliced_linear_reference(*wide, *exact, scales, spans, "silu_mul", operand.double()))]
+
+
+def run_norm(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Its tiles are its own; the two cases are RMSNorm, and LayerNorm with residual and dropout."""
+    rms, p = config == CONFIGS[0], 0.0 if config == CONFIGS[0] else 0.3
+    x, residual, weight, bias = (randn(*size, dtype=dtype) for size in ((21, 45), (21, 45), (50,), (50,)))
+    residual, bias = (None, None) if rms else (residual, bias)
+    seed, dy, ds = torch.tensor([987654321987]), randn(21, 45, dtype=dtype), randn(21, 45, dtype=dtype)
+    with offline(ARCH, emulate):
+        y, s = norm.forward(x, residual, weight, bias, 1e-5, rms, p, seed)
+        dx, d_residual, dw, db = norm.backward(dy, ds, s, weight, 1e-5, rms, p, seed, True)
+    kept = torch.ones(21, 45, dtype=torch.float64)
+    if p:
+        assert residual is not None
+        kept = ((s.double() - residual.double()).abs() > 0.5 * x.double().abs()) / (1 - p)
+        assert 0.5 < (kept > 0).double().mean() < 0.9
+    wide = [None if t is None else t.double().requires_grad_() for t in (x, residual, weight, bias)]
+    xd, rd, wd, bd = wide
+    assert xd is not None and wd is not None
+    goal, carried = add_norm_reference(xd * kept, rd, wd, bd, 1e-5, rms)
+    ((goal * dy.double()).sum() + (carried * ds.double()).sum()).backward()
+    assert xd.grad is not None and wd.grad is not None and dw is not None and db is not None
+    pairs = [(y, goal), (s, carried), (dx, xd.grad), (dw, wd.grad[:45])]
+    if rd is not None and bd is not None:
+        assert rd.grad is not None and bd.grad is not None
+        pairs += [(d_residual, rd.grad), (db, bd.grad[:45])]
+    return pairs
+
+
+CASES = {"sliced_linear": run_sliced_linear, "grouped": run_grouped, "decode": run_decode, "norm": run_norm}
+
+
+def main(name: str, dtype: str, config: str) -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN until it is written
+    for i, (mine, exact) in enumerate(CASES[name](getattr(torch, dtype), CONFIGS[int(config)])):
+        error = (mine.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)
+        print(f"{name} {dtype} {CONFIGS[int(config)]} result {i}: {error.item():.2e}")
+        assert error <= TOLERANCE[dtype], i
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
