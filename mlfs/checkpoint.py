@@ -87,8 +87,9 @@ def load(path: Path, model: PreTrainedModel | None = None, **model_kwargs: Any) 
     # before the conversion: a base that is refused stays as it was
     if type(model).__name__ != state["architecture"]:
         raise MLFSError(f"{path} was trained on a {state['architecture']}, the base given is a {type(model).__name__}")
-    expected = state["base"]["fingerprint"]
-    found = fingerprint({name: p for name, p in model.named_parameters() if name in expected})
+    expected, owned = state["base"]["fingerprint"], state["owned"]  # heads are the run's own
+    base = {n: p for n, p in model.named_parameters() if n in expected or n.rpartition(".")[0] not in owned}
+    found = fingerprint(base)
     _check_base(found, model.dtype, state, path)
     supernet = SuperTransformer(
         model,

@@ -200,6 +200,17 @@ def test_base_of_other_sizes_or_family_is_refused(saved):
         SuperTransformer.from_pretrained(folder, model=make("llama", "ForSequenceClassification"))
 
 
+def test_base_with_parameters_more_is_refused(tmp_path):
+    elastic("llama", "ForCausalLM").save_pretrained(tmp_path)
+    config = CASES["llama"].config()
+    config.attention_bias = True
+    model = tf.LlamaForCausalLM(config)
+    model.load_state_dict(make("llama", "ForCausalLM").state_dict(), strict=False)
+    with pytest.raises(MLFSError, match=r"the base is not the one .*differ, e\.g\. model\.layers\.0\.self_attn.*bias"):
+        SuperTransformer.from_pretrained(tmp_path, model=model)
+    assert not any(isinstance(module, Elastic) for module in model.modules())
+
+
 def test_another_head_is_no_other_base_but_must_fit(saved):
     """The head belongs to the run, so its values do not matter; its size does."""
     supernet, folder = saved
