@@ -2,7 +2,7 @@
 
 with offline("sm90") as launches:
     mlfs.kernels.sliced_linear.forward(...)   # CPU tensors of any content; nothing runs
-launches[0].registers
+launches[0].resources
 """
 
 import re
@@ -58,10 +58,7 @@ class Launch:
         if self.arch.startswith("gfx"):
             lines = (line.partition(";")[0].strip() for line in self.kernel.asm["amdgcn"].splitlines())
             return [line for line in lines if line and (line.endswith(":") or not line.startswith("."))]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.kernel.asm["cubin"])
-            file.flush()
-            text = _run("nvdisasm", "-c", file.name)
+        text = self._read_cubin("nvdisasm", "-c")
         found = (re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines())
         return [line for line in found if line and not line.startswith((".section", "//", ".align", ".size"))]
 
@@ -73,10 +70,7 @@ class Launch:
             found = {key: int(n) for key, n in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", text)}
             spills = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
             return {"registers": found["vgpr_count"], "spills": spills, "shared": self.kernel.metadata.shared}
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.kernel.asm["cubin"])
-            file.flush()
-            text = _run("cuobjdump", "-res-usage", file.name)
+        text = self._read_cubin("cuobjdump", "-res-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+)", text)
         assert found is not None, text
         return {"registers": int(found[1]), "spills": int(found[2]), "shared": self.kernel.metadata.shared}
@@ -84,7 +78,7 @@ class Launch:
     @property
     def matrix_instructions(self) -> int:
         """How many instructions of the matrix units the whole kernel has."""
-        return sum(bool(re.search(MATRIX[self.arch], line)) for line in self.assembly)
+        return self._count(self.assembly)
 
     @property
     def matrix_kinds(self) -> list[str]:
@@ -112,6 +106,13 @@ class Launch:
                 bits = re.search(r"\.(64|128)\b", found[0])
                 widths.append(int(bits[1]) if bits else 32)
         return max(widths)
+
+    def _read_cubin(self, tool: str, option: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.kernel.asm["cubin"])
+            file.flush()
+            command = [str(_TOOLS / tool), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def _count(self, lines: list[str]) -> int:
         return sum(bool(re.search(MATRIX[self.arch], line)) for line in lines)
@@ -165,7 +166,3 @@ def offline(arch: str, run: Callable[[Launch], None] | None = None) -> Iterator[
             yield launches
     finally:
         driver._active = previous
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout

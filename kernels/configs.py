@@ -7,7 +7,7 @@ is set, while a CUDA graph is recorded, or in Triton's interpreter: the cost mod
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -218,8 +218,3 @@ def _write(path: Path, tuned: dict[str, Any]) -> None:
         os.replace(file.name, path)
     except OSError:
         pass  # a read-only home: tuned again next time
-
-
-def every(archs: Iterable[str] = DEVICES) -> list[tuple[str, Config]]:
-    """All (architecture, configuration) pairs of the table."""
-    return [(arch, config) for arch in archs for config in PRODUCT[arch]]

@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mlfs.kernels.configs import DEVICES, Config, architecture, choose, thin
-from mlfs.kernels.sliced_linear import Stages, accumulate, dot, launch_finish, precision_of, stage_of, with_rows
+from mlfs.kernels.sliced_linear import (
+    Stages,
+    accumulate,
+    chunk_of,
+    dot,
+    launch_finish,
+    precision_of,
+    stage_of,
+    trained_ranks,
+    with_rows,
+)
 
 FIELDS = 8  # of a group, in memory: n, then (start, length) of up to three spans, and padding
 
@@ -197,15 +207,13 @@ def backward(
         _launch_product(dy, weight, None, g, stages.a, stages, groups, True, dx, config)
     if any(trains):
         assert x is not None and h is not None
-        offsets = [sum(a.shape[0] for a in lora_a[:s]) for s in range(len(lora_a))]
-        first = offsets[trains.index(True)]
-        last = max(offsets[s] + lora_a[s].shape[0] for s, train in enumerate(trains) if train)
-        partial_a = _launch_reduce(g[:, first:last], with_rows(x), groups, reads_spans=False)
-        partial_b = _launch_reduce(h[:, first:last], dy, groups, reads_spans=True)
+        ranks, starts = trained_ranks(lora_a, trains)
+        partial_a = _launch_reduce(g[:, ranks], with_rows(x), groups, reads_spans=False)
+        partial_b = _launch_reduce(h[:, ranks], dy, groups, reads_spans=True)
         goals = iter(gradients)
         for s, train in enumerate(trains):
             if train:
-                place, rank = offsets[s] - first, lora_a[s].shape[0]
+                place, rank = starts[s], lora_a[s].shape[0]
                 launch_finish(partial_a, next(goals), place, rank, [0, weight.shape[1]], transposed=False)
                 launch_finish(partial_b, next(goals), place, rank, [0, weight.shape[0]], transposed=True)
     return [dx, *gradients]
@@ -270,9 +278,7 @@ def _launch_reduce(g: Tensor, x: Tensor, groups: tuple[Group, ...], reads_spans:
     block_r = min(64, max(16, triton.next_power_of_2(ranks)))
     block_t, block_c = 64, 64
     tokens = sum(group.tokens for group in groups)
-    parts = max(1, min(triton.cdiv(tokens, 4 * block_t), 256 // triton.cdiv(columns, block_c)))
-    chunk = triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t
-    chunks = _token_tiles(groups, chunk, x.device)
+    chunks = _token_tiles(groups, chunk_of(tokens, columns, block_t, block_c), x.device)
     partial = torch.empty((chunks.shape[0], ranks, columns), dtype=torch.float32, device=x.device)
     _reduce[(triton.cdiv(columns, block_c), chunks.shape[0], triton.cdiv(ranks, block_r))](
         g, x, partial, chunks, _fields(groups, x.device), ranks, columns, g.stride(0), x.stride(0),

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlfs.kernels.sliced_linear import with_rows
+
 MAX_WIDTH = 32768  # numbers a program holds at once
 
 
@@ -127,11 +129,11 @@ def forward(
         p: probability of dropout. seed: one int64 on the device, needed if p > 0.
     """
     rows, n = x.shape
-    x, y = _contiguous_rows(x), x.new_empty((rows, n), dtype=dtype)
+    x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype)
     keep = residual is not None or p > 0
     s = x.new_empty((rows, n)) if keep else x
     if x.numel():
-        residual = None if residual is None else _contiguous_rows(residual)
+        residual = None if residual is None else with_rows(residual)
         block_t, block_c = _blocks(n)
         _forward[(triton.cdiv(rows, block_t),)](
             x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias,
@@ -158,8 +160,8 @@ def backward(
     ds: what came back through the residual stream, if s goes on. dw and db are summed in a fixed order.
     """
     rows, n = s.shape
-    dy, s = _contiguous_rows(dy), s.contiguous()
-    ds = None if ds is None else _contiguous_rows(ds)
+    dy, s = with_rows(dy), s.contiguous()
+    ds = None if ds is None else with_rows(ds)
     dx = torch.empty_like(s)
     d_residual = torch.empty_like(s) if p > 0 else dx
     block_t, block_c = _blocks(n)
@@ -185,7 +187,3 @@ def _blocks(n: int) -> tuple[int, int]:
 
 def _warps(block_c: int) -> int:
     return 4 if block_c <= 4096 else 8 if block_c <= 16384 else 16
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

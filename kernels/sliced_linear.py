@@ -10,6 +10,7 @@ forward product and the depth of the backward one.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate as accumulate_sizes
 
 import torch
 import triton
@@ -306,15 +307,13 @@ def backward(
         _launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
     if any(trains):
         assert x is not None and h is not None
-        offsets = [sum(a.shape[0] for a in lora_a[:s]) for s in range(len(lora_a))]
-        first = offsets[trains.index(True)]
-        last = max(offsets[s] + lora_a[s].shape[0] for s, train in enumerate(trains) if train)
-        partial_a = _launch_reduce(g[:, first:last], with_rows(x))
-        partial_b = _launch_reduce(h[:, first:last], dz)
+        ranks, starts = trained_ranks(lora_a, trains)
+        partial_a = _launch_reduce(g[:, ranks], with_rows(x))
+        partial_b = _launch_reduce(h[:, ranks], dz)
         goals = iter(gradients)
         for s, train in enumerate(trains):
             if train:
-                place, rank = offsets[s] - first, lora_a[s].shape[0]
+                place, rank = starts[s], lora_a[s].shape[0]
                 launch_finish(partial_a, next(goals), place, rank, [0, n], transposed=False)
                 goal, column = next(goals), 0
                 for some in parts:
@@ -437,8 +436,7 @@ def _launch_reduce(g: Tensor, x: Tensor) -> Tensor:
     tokens, ranks, columns = x.shape[0], g.shape[1], x.shape[1]
     block_r = min(64, max(16, triton.next_power_of_2(ranks)))
     block_t, block_c = 64, 64
-    parts = max(1, min(triton.cdiv(tokens, 4 * block_t), 256 // triton.cdiv(columns, block_c)))
-    chunk = triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t
+    chunk = chunk_of(tokens, columns, block_t, block_c)
     parts = triton.cdiv(tokens, chunk)
     partial = torch.empty((parts, ranks, columns), dtype=torch.float32, device=x.device)
     _reduce[(triton.cdiv(columns, block_c), parts, triton.cdiv(ranks, block_r))](
@@ -457,6 +455,20 @@ def launch_finish(partial: Tensor, out: Tensor, first: int, rank: int, spans: Se
         partial, out, parts, first, rank, ranks, partial.stride(1), out_q, out_c, *six(spans),
         SPANS=len(spans) // 2, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
+
+
+def chunk_of(tokens: int, columns: int, block_t: int, block_c: int) -> int:
+    """Tokens that one program of a reduction sums over: enough programs for a GPU, whole tiles."""
+    parts = max(1, min(triton.cdiv(tokens, 4 * block_t), 256 // triton.cdiv(columns, block_c)))
+    return triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t
+
+
+def trained_ranks(lora_a: Sequence[Tensor], trains: Sequence[bool]) -> tuple[slice, list[int]]:
+    """Of all stages' ranks side by side: from the first to the last that trains, and each stage's start in that."""
+    ends = list(accumulate_sizes(a.shape[0] for a in lora_a))
+    starts = [0, *ends[:-1]]
+    live = [s for s, train in enumerate(trains) if train]
+    return slice(starts[live[0]], ends[live[-1]]), [start - starts[live[0]] for start in starts]
 
 
 def in_launches(spans: Sequence[int]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,8 +104,13 @@ class RowSizes(Sizes):
                 f"activate_rows was given {len(self.rows)} subnets, but {batch} rows run: give one for each row "
                 "(each beam and each returned sequence is a row)"
             )
-        edges = [i for i in range(batch) if i == 0 or self.rows[i] != self.rows[i - 1]]
-        return [(a, b, self.rows[a]) for a, b in zip(edges, [*edges[1:], batch], strict=True)]
+        return self._runs
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, Sizes]]:
+        count = len(self.rows)
+        edges = [i for i in range(count) if i == 0 or self.rows[i] != self.rows[i - 1]]
+        return [(a, b, self.rows[a]) for a, b in zip(edges, [*edges[1:], count], strict=True)]
 
 
 @dataclass(frozen=True)

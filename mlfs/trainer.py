@@ -241,16 +241,16 @@ class MLFSTrainer(PaletteTrainer):
         num_items_in_batch: Tensor | int | None,
     ) -> list[Tensor]:
         """One pass of all subnets together, each on its own copy of the batch's rows; their losses, detached."""
-        batch, outputs = together(inputs, len(subnets)), None
+        batch, count = together(inputs, len(subnets)), rows_of(inputs)
         if self.distiller.uses_features:
             batch["output_hidden_states"] = True
-        rows = [subnet for subnet in subnets for _ in range(rows_of(inputs))]
+        rows = [subnet for subnet in subnets for _ in range(count)]
         with self.supernet.activate_rows(rows):
             with self.compute_loss_context_manager():
                 outputs = model(**batch)
                 total, teacher, losses = torch.zeros((), device=self.args.device), None, []
                 for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
-                    mine = part_of(outputs, i, rows_of(inputs), subnet)
+                    mine = part_of(outputs, i, count, subnet)
                     stand_in = Computed(self.accelerator.unwrap_model(model), mine)
                     task, mine = self.compute_loss(stand_in, dict(inputs), True, num_items_in_batch)
                     loss = self._subnet_loss(subnet, task, mine, teacher, inputs, num_items_in_batch)
@@ -272,8 +272,7 @@ class MLFSTrainer(PaletteTrainer):
         """The task loss of the first subnet, the teacher; of the others with what they learn from it. Recorded."""
         loss, parts = task, {}
         if teacher is not None:
-            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            share = self._share(inputs, num_items_in_batch) if scaled else 1.0
+            share = self._share(inputs, num_items_in_batch) if self._is_scaled(num_items_in_batch) else 1.0
             kinds = {"causal": self.causal, "regression": self.regression, "multi_label": self.multi_label}
             loss, parts = self.distiller(subnet, task, outputs, teacher, inputs, share, **kinds)
         who = "max" if teacher is None else "min" if subnet == self._min else "rest"
@@ -282,8 +281,11 @@ class MLFSTrainer(PaletteTrainer):
 
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What losses are divided by where gradients accumulate: nothing, if they are scaled to the whole already."""
-        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return 1 if scaled else self.current_gradient_accumulation_steps
+        return 1 if self._is_scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the model's loss is its share of the accumulated batch's already."""
+        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
 
     def draw_subnets(self) -> list[Subnet]:
         """The subnets of this iteration: maxnet, then those of `subnet_sampling`; maxnet alone in stage 0. The same in

@@ -42,8 +42,7 @@ def emulate(launch: Launch) -> None:
         from test.mockgpu.amd.emu import run_asm
     finally:
         sys.path.pop(0)
-    image, size, descriptor = _load(launch.kernel.asm["hsaco"])
-    base = ctypes.addressof(image) + (-ctypes.addressof(image)) % 4096
+    _image, base, size, descriptor = _load(launch.kernel.asm["hsaco"])  # the memory lives as long as its name
     lds, scratch, kernarg, _, entry = struct.unpack_from("<IIIIq", ctypes.string_at(base + descriptor, 64))
     (resources,) = struct.unpack_from("<I", ctypes.string_at(base + descriptor, 64), 52)
     lds = max(lds, launch.kernel.metadata.shared)
@@ -59,8 +58,8 @@ def emulate(launch: Launch) -> None:
     run_asm(code, size, *grid, threads, 1, 1, ctypes.addressof(arguments), resources, scratch, "rdna3")
 
 
-def _load(blob: bytes) -> tuple[Any, int, int]:
-    """(memory that holds the segments from its first page on, their size, offset of the kernel descriptor)."""
+def _load(blob: bytes) -> tuple[Any, int, int, int]:
+    """(memory, its first page, where the segments begin, their size, offset of the kernel descriptor)."""
     from elftools.elf.elffile import ELFFile
 
     elf = ELFFile(io.BytesIO(blob))
@@ -75,14 +74,14 @@ def _load(blob: bytes) -> tuple[Any, int, int]:
         ctypes.memmove(base + segment["p_vaddr"], data, segment["p_filesz"])
     table = elf.get_section_by_name(".symtab") or elf.get_section_by_name(".dynsym")
     descriptor = next(s for s in table.iter_symbols() if s.name.endswith(".kd"))["st_value"]
-    return image, size, descriptor
+    return image, base, size, descriptor
 
 
 def _pack(launch: Launch) -> bytes:
     """The arguments as the kernel expects them: what was compiled in as a constant is left out."""
     signature = launch.kernel.src.signature
     out = bytearray()
-    for (name, kind), value in zip(signature.items(), launch.arguments, strict=True):
+    for kind, value in zip(signature.values(), launch.arguments, strict=True):
         if kind == "constexpr":
             continue
         if isinstance(value, torch.Tensor):
@@ -93,6 +92,5 @@ def _pack(launch: Launch) -> bytes:
             width = 8 if kind.endswith("64") else 4
             code, number = "<q" if width == 8 else "<i", int(value)
         out += bytes(-len(out) % width)
-        assert name, out
         out += struct.pack(code, number)
     return bytes(out)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of
-from mlfs.ops.sliced_linear import linear_backward, sliced_linear_reference
+from mlfs.ops.sliced_linear import linear_backward, of_each_stage, sliced_linear_reference
 
 __all__ = ["Group", "grouped_sliced_linear", "grouped_sliced_linear_reference"]
 _SPANS = 3  # a group has at most
@@ -213,11 +213,7 @@ def _backward(ctx, dy, dh):
     weight, lora_a, lora_b = saved[0], saved[1 : 1 + ctx.stages], saved[1 + ctx.stages :]
     needs_dx = ctx.needs_input_grad[0]
     out = _grouped_linear_backward(dy, x, h, weight, lora_a, lora_b, ctx.scales, ctx.groups, ctx.trains, needs_dx)
-    gradients = iter(out[1:])
-    da, db = [], []
-    for train in ctx.trains:
-        da.append(next(gradients) if train else None)
-        db.append(next(gradients) if train else None)
+    da, db = of_each_stage(ctx.trains, out[1:])
     return out[0] if needs_dx else None, None, None, da, db, numbers, indices
 
 

@@ -268,6 +268,13 @@ def _(dy, x, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, weight_
     return [dx, d_operand, *(torch.empty_like(t) for pair in stages for t in pair)]
 
 
+def of_each_stage(trains: list[bool], gradients: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(dA, dB) of every stage, None where it does not train, from [dA_s, dB_s, ...] of those that do."""
+    given = iter(gradients)
+    pairs = [(next(given), next(given)) if train else (None, None) for train in trains]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
 def _flat(t: Tensor | None, m: int) -> Tensor | None:
     return None if t is None else t.reshape(-1, m)
 
@@ -302,11 +309,7 @@ def _backward(ctx, dy, dh, dz):
         dy, x, h, weight, lora_a, lora_b, ctx.scales, ctx.spans, ctx.trains, needs_dx, ctx.columns, ctx.activation, z,
         operand,
     )  # fmt: skip
-    gradients = iter(out[2:])
-    da, db = [], []
-    for train in ctx.trains:
-        da.append(next(gradients) if train else None)
-        db.append(next(gradients) if train else None)
+    da, db = of_each_stage(ctx.trains, out[2:])
     d_operand = out[1] if operand is not None and ctx.needs_input_grad[8] else None
     d_residual = dy if ctx.needs_input_grad[9] else None
     return out[0] if needs_dx else None, None, None, da, db, numbers, None, None, d_operand, d_residual, None
