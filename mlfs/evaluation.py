@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Trainer
 
 from mlfs.arguments import MLFSArguments
+from mlfs.blocks import without_padding
 from mlfs.errors import MLFSError
 from mlfs.palette import latency, size_on_disk
 from mlfs.subnet import Subnet
@@ -35,6 +36,11 @@ class PaletteTrainer(Trainer):
         for subnet in self.palette.values():
             supernet.space.check(subnet)
         super().__init__(model=supernet.model, args=args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; encoders skip the padding, where they can."""
+        with without_padding():
+            return super().compute_loss(*args, **kwargs)
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
         """What `evaluate` runs: the palette."""

@@ -58,9 +58,10 @@ def extract(supernet: "SuperTransformer", subnet: Subnet) -> PreTrainedModel:
     kept = nn.ModuleList(copy.deepcopy(supernet.layers[i], memo) for i in subnet.layers)
     memo[id(supernet.layers)] = kept
     small = copy.deepcopy(model, memo)
+    for module in small.modules():
+        settle(module, sizes)
     for i, block in enumerate(kept):
         for module in block.modules():
-            settle(module, sizes)
             if "layer_idx" in module.__dict__:
                 module.layer_idx = i  # type: ignore[assignment]
     if any(getattr(module, "gradient_checkpointing", False) for module in small.modules()):

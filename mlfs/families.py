@@ -107,7 +107,20 @@ class PreNorm:
     mlp: str
 
 
-Block = Activated | MLP | GatedMLP | AddNorm | PreNorm
+@dataclass(frozen=True)
+class SelfAttention:
+    """A block that is attention both ways between linear projections of x, scaled, with dropout; heads side by side.
+
+    Its module has the attributes `attention_head_size` and `scaling`.
+    """
+
+    query: str
+    key: str
+    value: str
+    dropout: str
+
+
+Block = SelfAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,8 @@ class Family:
         sizes: attributes of modules inside a layer that follow an axis.
         blocks: parts of a layer ("" is all of it) that compute what a `Block` says, and so run fused; inner ones first.
             From the first that cannot (an activation that no kernel knows), they run as they are.
+        encoder: module that runs the layers, and nothing else, on hidden states and attention mask, where the layers
+            attend by `SelfAttention`; sequences can then go through it without their padding.
         ffn_field: configuration field of the feed-forward size (its other fields have common names).
         head_dim_field: whether the configuration can hold a head size apart from hidden / heads.
         heads_divide_hidden: whether the configuration nevertheless refuses a hidden size that is no multiple of heads.
@@ -134,6 +149,7 @@ class Family:
     heads: Mapping[str, Module]
     sizes: Mapping[str, Count] = field(default_factory=dict)
     blocks: Mapping[str, Block] = field(default_factory=dict)
+    encoder: str = ""
     when: Mapping[str, Any] = field(default_factory=dict)
     ffn_field: str = "intermediate_size"
     head_dim_field: bool = False
@@ -158,6 +174,7 @@ _BERT_LAYER: dict[str, Module] = {
     "output.LayerNorm": LayerNorm(),
 }
 _BERT_BLOCKS: dict[str, Block] = {
+    "attention.self": SelfAttention("query", "key", "value", "dropout"),
     "attention.output": AddNorm("dense", "dropout", "LayerNorm"),
     "output": AddNorm("dense", "dropout", "LayerNorm"),
     "intermediate": Activated("dense", "intermediate_act_fn"),
@@ -222,6 +239,7 @@ FAMILIES: tuple[Family, ...] = (
         layers="encoder.layer",
         layer=_BERT_LAYER,
         blocks=_BERT_BLOCKS,
+        encoder="encoder",
         outer=_BERT_OUTER,
         heads={
             "classifier": _task,
@@ -237,6 +255,7 @@ FAMILIES: tuple[Family, ...] = (
         layers="encoder.layer",
         layer=_BERT_LAYER,
         blocks=_BERT_BLOCKS,
+        encoder="encoder",
         outer=_BERT_OUTER,
         heads={
             "classifier": _task,

@@ -158,3 +158,99 @@ def test_an_extracted_model_has_the_models_own_blocks():
     plain = make("llama", "ForCausalLM")
     for module in small.modules():
         assert type(module).forward in {type(m).forward for m in plain.modules()}
+
+
+# ---- without padding ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled():
+    """The backend for CPUs; its module."""
+    module = pytest.importorskip("mlfs._cpu", reason="the C++ extension is not built")
+    with use_backend("cpp"):
+        yield module
+
+
+@pytest.fixture
+def tokens_seen(monkeypatch):
+    """The shapes of what the first layer of a model gets; filled while it runs."""
+
+    def watch(supernet) -> list[tuple[int, ...]]:
+        seen: list[tuple[int, ...]] = []
+        supernet.layers[0].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("suffix", ["ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_encoders_skip_the_padding(name, suffix, side, implementation, compiled, tokens_seen, unfused):
+    mine, theirs = (make_one(name, suffix, dtype=torch.float64) for make_one in (elastic, unfused))
+    for supernet in (mine, theirs):
+        supernet.model.set_attn_implementation(implementation)
+    seen, batch = tokens_seen(mine), inputs(side)
+    kept = batch["attention_mask"].bool()
+    if suffix == "ForSequenceClassification":  # it reads the first token, which may be padding
+        kept = kept[:, 0]
+    for subnet in subnets_of(name).values():
+        outcomes = []
+        for supernet in (mine, theirs):
+            supernet.train_stage(2)
+            with supernet.activate(subnet):
+                logits = (supernet if supernet is mine else supernet.model)(**batch).logits[kept]
+            logits.square().sum().backward()
+            outcomes.append([logits.detach(), *(p.grad for p in supernet.parameters() if p.grad is not None)])
+            supernet.zero_grad()
+        assert len(outcomes[0]) == len(outcomes[1]) > 10
+        for a, b in zip(*outcomes, strict=True):
+            assert distance(a, b) < 1e-9
+    assert {shape[:2] for shape in seen} == {(1, int(batch["attention_mask"].sum()))}
+
+
+def test_states_of_layers_keep_their_shape_where_they_are_asked_for(compiled, tokens_seen):
+    supernet = elastic("bert", "ForSequenceClassification", dtype=torch.float64)
+    seen, batch = tokens_seen(supernet), inputs()
+    with torch.no_grad():
+        out = supernet(**batch, output_hidden_states=True)
+        supernet.model.set_attn_implementation("eager")
+        attentions = supernet(**batch, output_attentions=True).attentions
+        supernet.model(**batch)  # the bare model is transformers'
+        with supernet.activate_rows([supernet.space.max] * 3):
+            supernet(**batch)
+    assert {state.shape for state in out.hidden_states} == {(3, 11, 48)}
+    assert attentions[0].shape == (3, 6, 11, 11)
+    assert set(seen) == {(3, 11, 48)}
+
+
+def test_a_mask_of_each_query_is_kept(compiled, tokens_seen):
+    """One that is not the same for every query cannot be had by leaving tokens out."""
+    supernet = elastic("bert", "ForTokenClassification", dtype=torch.float64)
+    seen, ids = tokens_seen(supernet), inputs()["input_ids"]
+    causal = torch.ones(11, 11).tril().bool().expand(3, 1, 11, 11)
+    with torch.no_grad():
+        logits, expected = (
+            supernet(ids, attention_mask=causal).logits,
+            supernet.model(ids, attention_mask=causal).logits,
+        )
+    assert torch.equal(logits, expected)
+    assert set(seen) == {(3, 11, 48)}
+
+
+def test_training_skips_the_padding_and_features_are_compared_token_by_token(compiled, tokens_seen, tmp_path):
+    from mlfs import MLFSArguments, MLFSTrainer
+
+    torch.manual_seed(0)
+    supernet = elastic("bert", "ForSequenceClassification")
+    rows = [{key: value[i] for key, value in inputs().items()} | {"labels": torch.tensor(i % 2)} for i in (0, 1, 2) * 4]
+    args = MLFSArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=3, report_to=[], use_cpu=True,
+        stages_to_train=[0, 1, 2], dropout_stages=[0, 1, 2], order="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = MLFSTrainer(supernet, args, train_dataset=rows)
+    seen = tokens_seen(supernet)
+    trainer.train()
+    assert {shape[0] for shape in seen} == {1}
+    assert any("min_feature" in entry and 0 < entry["min_feature"] < 100 for entry in trainer.state.log_history)

@@ -122,6 +122,7 @@ def test_stages_train_one_after_another_in_a_plain_loop():
     assert not any(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.usefixtures("reference")
 def test_fresh_layers_are_drop_in_bit_for_bit():
     torch.manual_seed(0)
     plain = Net()
@@ -197,6 +198,7 @@ def test_embedding_trains_only_the_columns_it_read_and_never_the_padding():
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("reference")
 def test_rms_norm_of_transformers_is_drop_in_bit_for_bit(kind):
     plain = LlamaRMSNorm(8, eps=1e-3).to(kind)
     nn.init.normal_(plain.weight)

@@ -38,6 +38,7 @@ def test_every_base_parameter_keeps_its_storage(name, suffix):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
 @every_model
+@pytest.mark.usefixtures("reference")
 def test_maxnet_with_fresh_adapters_is_the_original_bit_for_bit(name, suffix, dtype):
     model = make(name, suffix, dtype=dtype)
     with torch.no_grad():

@@ -4,31 +4,38 @@
 | ----------- | ---------------------------------- | ---------------------------------------------------- |
 | `reference` | plain PyTorch                      | any device and floating type                         |
 | `triton`    | the kernels of `mlfs.kernels`      | GPUs; CPU tensors in Triton's interpreter, for tests |
+| `cpp`       | the extension compiled from csrc/  | CPUs, fp32 (and fp64, when forced)                   |
 
-GPUs take `triton` for fp32, bf16 and fp16, everything else takes `reference`. The environment variable MLFS_BACKEND or
-`use_backend` forces one.
+GPUs take `triton` for fp32, bf16 and fp16, CPUs take `cpp` for fp32, everything else takes `reference`. The environment
+variable MLFS_BACKEND or `use_backend` forces one.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cpp")
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPP_TYPES = (torch.float32, torch.float64)
 _forced: str | None = None  # of the process: a backward pass runs in threads of its own
 
 
-def backend_of(x: Tensor) -> str:
-    """The backend for an operator whose input is `x`. Raises MLFSError if a forced one cannot run, and says why."""
+def backend_of(x: Tensor, *others: Tensor | None) -> str:
+    """The backend for an operator on `x` and `others` (None is skipped). Raises MLFSError if a forced one cannot run,
+    and says why."""
     forced = _forced or os.environ.get("MLFS_BACKEND") or None
     if forced is None:
-        return "triton" if x.is_cuda and x.dtype in _TRITON_TYPES and _why_no_triton() is None else "reference"
+        if x.is_cuda:
+            return "triton" if x.dtype in _TRITON_TYPES and _why_no_triton() is None else "reference"
+        takes = x.dtype == torch.float32 and x.device.type == "cpu" and _is_one_type(x, others)
+        return "cpp" if takes and why_no_cpp() is None else "reference"
     check(forced)
     if forced == "triton":
         if x.dtype not in _TRITON_TYPES:
@@ -37,6 +44,12 @@ def backend_of(x: Tensor) -> str:
             raise MLFSError(
                 f"backend triton: a tensor on {x.device}; move it to a GPU, or start Python with TRITON_INTERPRET=1"
             )
+    if forced == "cpp":
+        if x.device.type != "cpu":
+            raise MLFSError(f"backend cpp: a tensor on {x.device}; move it to the CPU")
+        if x.dtype not in _CPP_TYPES or not _is_one_type(x, others):
+            kinds = sorted({str(t.dtype)[6:] for t in (x, *others) if t is not None})
+            raise MLFSError(f"backend cpp: tensors of {', '.join(kinds)}; expected all float32, or all float64")
     return forced
 
 
@@ -58,6 +71,29 @@ def check(name: str) -> None:
         raise MLFSError(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
     if name == "triton" and (reason := _why_no_triton()):
         raise MLFSError(f"backend triton is not available: {reason}")
+    if name == "cpp" and (reason := why_no_cpp()):
+        raise MLFSError(f"backend cpp is not available: {reason}")
+
+
+def _is_one_type(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
+
+
+def cpp() -> Any:
+    """The compiled extension."""
+    import mlfs._cpu as extension
+
+    return extension
+
+
+@cache
+def why_no_cpp() -> str | None:
+    """Why the extension cannot be used here; None where it can."""
+    try:
+        import mlfs._cpu  # noqa: F401
+    except ImportError as error:
+        return f"the extension was not built, or not for this PyTorch ({error}); reinstall with a C++ compiler at hand"
+    return None
 
 
 @cache

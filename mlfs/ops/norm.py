@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import backend_of, cpp
 
 __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
@@ -78,7 +78,8 @@ def add_norm(
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
-    if seed is None and backend_of(x) == "reference":  # as torch's own modules: a mask that is kept is cheaper here
+    backend = backend_of(x, residual, weight, bias)
+    if seed is None and backend == "reference":  # as torch's own modules: a mask that is kept is cheaper here
         x = torch.nn.functional.dropout(x, p)
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
     if not rms and torch.is_autocast_enabled(x.device.type):  # as autocast does with torch's own
@@ -102,7 +103,12 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, s); s is empty where it is x."""
     n, adds = x.shape[-1], residual is not None or p > 0
-    if backend_of(x) == "triton":
+    backend = backend_of(x, residual, weight, bias)
+    if backend == "cpp":
+        flat = None if residual is None else residual.reshape(-1, n)
+        y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, p, int(seed or 0))
+        return y.view(x.shape), s.view(x.shape) if adds else x.new_empty(0)
+    if backend == "triton":
         from mlfs.kernels import norm as kernels
 
         flat = None if residual is None else residual.reshape(-1, n)
@@ -146,7 +152,14 @@ def _add_norm_backward(
     def nothing() -> Tensor:  # a new one each time: outputs of an operator share no memory
         return dy.new_empty(0)
 
-    if backend_of(dy) == "triton":
+    backend = backend_of(dy, ds, s, weight)
+    if backend == "cpp":
+        more = None if ds is None else ds.reshape(-1, n)
+        options = eps, rms, p, int(seed or 0), trains
+        grads = cpp().add_norm_backward(dy.reshape(-1, n), more, s.reshape(-1, n), *_cut(n, weight), *options)
+        dx, kept, dw, db = grads
+        return dx.view(s.shape), kept.view(s.shape) if p else kept, dw, db
+    if backend == "triton":
         from mlfs.kernels import norm as kernels
 
         more = None if ds is None else ds.reshape(-1, n)
@@ -172,6 +185,10 @@ def _(dy, ds, s, weight, eps, rms, p, seed, trains):
     n, kind = s.shape[-1], torch.promote_types(s.dtype, torch.float32)
     sums = (s.new_empty(n, dtype=kind), s.new_empty(n, dtype=kind)) if trains else (dy.new_empty(0), dy.new_empty(0))
     return s.new_empty(s.shape), s.new_empty(s.shape) if p else dy.new_empty(0), *sums
+
+
+def _cut(n: int, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t[:n] for t in parameters]
 
 
 def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

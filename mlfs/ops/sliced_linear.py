@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import backend_of, cpp
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
@@ -93,6 +93,12 @@ def sliced_linear(
     leaves = (x, operand, residual, *lora_a, *lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     lists = (list(lora_a), list(lora_b), list(scales), list(spans))
+    if not keep and type(x) is Tensor and not torch.compiler.is_compiling():
+        tensors = (weight, bias, *lora_a, *lora_b, operand, residual)
+        if backend_of(x, *tensors) == "cpp":  # not by way of the operator, whose call takes longer than a small product
+            n, m = x.shape[-1], sum(spans[1::2])
+            more = ACTIVATIONS.index(activation), _flat(operand, m), _flat(residual, m), False
+            return cpp().linear_forward(x.reshape(-1, n), weight, bias, *lists, *more)[0].view(*x.shape[:-1], m)
     return _sliced_linear(x, weight, bias, *lists, activation, operand, residual, keep)[0]
 
 
@@ -144,7 +150,8 @@ def _sliced_linear(
     n, m = x.shape[-1], sum(spans[1::2])
     flat = x.reshape(-1, n)
     other, added = _flat(operand, m), _flat(residual, m)
-    if backend_of(x) == "triton":
+    backend = backend_of(x, weight, bias, *lora_a, *lora_b, operand, residual)
+    if backend == "triton":
         from mlfs.kernels import decode, sliced_linear
 
         layer = (weight, bias, lora_a, lora_b, scales, spans, activation, other, added)
@@ -152,6 +159,10 @@ def _sliced_linear(
             y, h, z = decode.forward(flat, *layer), x.new_empty(0), x.new_empty(0)
         else:
             y, h, z = sliced_linear.forward(flat, *layer, keep_pre=keep and activation != "none")
+        return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
+    if backend == "cpp":
+        more = ACTIVATIONS.index(activation), other, added, keep
+        y, h, z = cpp().linear_forward(flat, weight, bias, lora_a, lora_b, scales, spans, *more)
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     out = x.new_empty(flat.shape[0], m)
     column = 0
@@ -205,14 +216,18 @@ def _sliced_linear_backward(
     grad = dy.reshape(-1, m)
     flat = x.reshape(-1, n) if x is not None else None
     other, d_other = _flat(operand, m), None
-    if backend_of(dy) == "triton":
+    backend = backend_of(dy, z, operand)
+    if backend == "triton":
         from mlfs.kernels import sliced_linear as kernels
 
         if z is not None:
             grad, d_other = kernels.activation_backward(grad, z, other, activation)
         dx, *gradients = kernels.backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
     else:
-        if z is not None:
+        if z is not None and backend == "cpp":
+            grad, d_other = cpp().activation_backward(grad, z, other, ACTIVATIONS.index(activation))
+            d_other = d_other if other is not None else None
+        elif z is not None:
             grad, d_other = _activation_backward(grad, z, activation, other)
         dx, *gradients = linear_backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
     dx = dx.view(*dy.shape[:-1], n) if needs_dx else dx

@@ -55,6 +55,7 @@ def test_rms_norm_is_its_formula(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("n", [24, 16, 1])
+@pytest.mark.usefixtures("reference")
 def test_layer_norm_equals_torchs_module_of_that_width_bit_for_bit(n, dtype):
     x, weight, bias = (t.to(dtype) for t in data(24, n, (3, 5), 0))
     module = nn.LayerNorm(n, EPS).to(dtype)
@@ -64,6 +65,7 @@ def test_layer_norm_equals_torchs_module_of_that_width_bit_for_bit(n, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("n", [24, 16, 1])
+@pytest.mark.usefixtures("reference")
 def test_rms_norm_equals_llamas_module_of_that_width_bit_for_bit(n, dtype):
     x, weight, _ = (t.to(dtype) for t in data(24, n, (3, 5), 0))
     module = LlamaRMSNorm(n, EPS).to(dtype)

@@ -1,0 +1,285 @@
+"""The compiled operators for CPUs, in every instruction set this processor has, against formulas in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mlfs import MLFSError
+from mlfs.ops import backend
+from mlfs.ops.attention import packed_attention, packed_attention_reference
+from mlfs.ops.backend import use_backend
+from mlfs.ops.norm import add_norm, add_norm_reference
+from mlfs.ops.sliced_linear import sliced_linear
+from tests.calls import EXAMPLES, Call, calls, strided
+
+cpu = pytest.importorskip("mlfs._cpu", reason="the C++ extension is not built")
+BEST = cpu.limit_instructions(2)
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
+TYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 1, 2])
+def instructions(request):
+    """Each instruction set in turn; a processor without it takes the next lower one, once."""
+    found = cpu.limit_instructions(request.param)
+    if found != ("plain", "avx2", "avx512")[request.param]:
+        pytest.skip(f"this processor has {BEST} at best")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN, too
+    with use_backend("cpp"):
+        yield found
+    torch.use_deterministic_algorithms(False)
+    cpu.limit_instructions(2)
+
+
+def close(mine: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """To rounding, relative to the largest number: what cancels is only as good as what it is the difference of."""
+    assert mine.dtype == dtype
+    assert mine.shape == right.shape
+    if right.numel():
+        largest = max(right.abs().amax().item(), 1.0)
+        assert (mine.double() - right).abs().amax().item() <= TOLERANCE[dtype] * largest * scale
+
+
+# ---- sliced product -------------------------------------------------------------------------------------------------
+
+
+def agree(call: Call) -> None:
+    dtype, stages = call.x.dtype, tuple(range(len(call.lora_a)))
+    with torch.no_grad():
+        close(call(sliced_linear), call.dense(), dtype)
+    mine, exact = call.trains(stages=stages), call.trains(stages=stages)
+    y, goal = mine(sliced_linear), exact.dense()
+    close(y.detach(), goal.detach(), dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(dy.to(dtype))
+    goal.backward(dy.to(dtype).double())
+    for ours, theirs in zip(mine.leaves, exact.leaves, strict=True):
+        close(ours.grad, theirs.grad.double(), dtype, scale=4)
+
+
+@TYPES
+@settings(max_examples=60)
+@given(st.data())
+def test_the_sliced_product_equals_the_dense_one(dtype, data):
+    agree(data.draw(calls(dtype)))
+
+
+@TYPES
+@settings(max_examples=20)
+@given(st.data())
+def test_the_sliced_product_across_vectors_and_tails(dtype, data):
+    agree(data.draw(calls(dtype, tokens=4, size=170, rank=20)))
+
+
+@pytest.mark.parametrize("call", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_gradcheck_of_the_sliced_product(call):
+    call = call.trains(stages=tuple(range(len(call.lora_a))))
+
+    def run(*leaves: Tensor) -> Tensor:
+        given_ = iter(leaves)
+        tensors = {"x": next(given_)}
+        tensors |= {name: [next(given_) for _ in call.lora_a] for name in ("lora_a", "lora_b")}
+        tensors |= {name: next(given_) for name in ("operand", "residual") if getattr(call, name) is not None}
+        return replace(call, **tensors)(sliced_linear)
+
+    assert torch.autograd.gradcheck(run, call.leaves)
+
+
+@TYPES
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu_mul"])
+def test_activations_far_out_and_at_nan(dtype, activation):
+    """Where exponentials over- or underflow, the functions are what they tend to; NaN stays."""
+    x = torch.tensor([-1e4, -300.0, -90.0, -20.0, -6.0, -1e-3, 0.0, 1e-3, 6.0, 20.0, 300.0, 1e4], dtype=dtype)
+    one = torch.ones_like(x)
+    call = Call(x[:, None], torch.ones(1, 1, dtype=dtype), None, [], [], [], [0, 1], activation)
+    call = replace(call, operand=one[:, None]) if activation == "silu_mul" else call
+    close(call(sliced_linear), call.dense().nan_to_num(0.0), dtype)
+    slope = call.trains()
+    slope(sliced_linear).sum().backward()
+    inner, exact = slice(3, -2), call.trains()
+    exact.dense().sum().backward()
+    close(slope.x.grad[inner], exact.x.grad[inner].double(), dtype)
+    assert torch.equal(slope.x.grad[-1:, 0].round(), one[-1:]) and slope.x.grad[0, 0].abs() < 1e-6
+    nan = replace(call, x=call.x * float("nan"))
+    assert nan(sliced_linear).isnan().all()
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def mask_of(shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype) -> Tensor:
+    rows = math.prod(shape[:-1])
+    return (cpu.dropout_mask(rows, shape[-1], p, seed) > 0).to(dtype).view(shape) / (1 - p)
+
+
+@TYPES
+@settings(max_examples=80)
+@given(data=st.data())
+def test_norms_equal_the_formula(dtype, data):
+    n, leading = data.draw(st.integers(2, 150)), tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
+    rms, p = data.draw(st.booleans()), data.draw(st.sampled_from([0.0, 0.0, 0.3]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    layouts = st.sampled_from(["plain", "inside", "transposed", "expanded"])
+    shapes = {"x": (*leading, n), "residual": (*leading, n), "weight": (n + 2,), "bias": (n + 2,)}
+    given_ = {k: strided(shape, data.draw(layouts), generator, dtype) for k, shape in shapes.items()}
+    given_["x"] = given_["x"] * 3 + 1
+    for name in ("residual", "weight", "bias"):
+        if data.draw(st.booleans()):
+            given_[name] = None
+    mine = {k: None if t is None else t.detach().requires_grad_() for k, t in given_.items()}
+    exact = {k: None if t is None else t.detach().double().requires_grad_() for k, t in given_.items()}
+    seed = 12345678901234
+    y, s = add_norm(**mine, eps=1e-5, rms=rms, p=p, seed=torch.tensor([seed]))
+    dropped = exact | {"x": exact["x"] * mask_of(given_["x"].shape, p, seed, torch.float64)} if p else exact
+    goal, carried = add_norm_reference(**dropped, eps=1e-5, rms=rms)
+    close(y.detach(), goal.detach(), dtype, scale=10)
+    close(s.detach(), carried.detach(), dtype)
+    dy, ds = (torch.randn(y.shape, generator=generator, dtype=dtype) for _ in range(2))
+    ((y * dy).sum() + (s * ds).sum()).backward()
+    ((goal * dy.double()).sum() + (carried * ds.double()).sum()).backward()
+    for key, leaf in mine.items():
+        if leaf is not None:
+            close(leaf.grad, exact[key].grad, dtype, scale=50)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+def test_masks_are_philox_and_independent():
+    """The first numbers are those of Philox 4x32-10: known answers for key and counter zero, of Random123."""
+    mask = cpu.dropout_mask(500, 333, 0.25, 7)
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    kept = mask.bool().float()
+    assert abs(kept.mean().item() - 0.75) < 0.005
+    for a, b in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept[:, 16:], kept[:, :-16])):
+        assert abs((a * b).mean().item() - 0.75**2) < 0.01
+    assert not torch.equal(mask, cpu.dropout_mask(500, 333, 0.25, 8))
+    # 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8: outputs 0 to 3 of counter 0 stand at columns 0, 16, 32 and 48
+    for column, word in zip((0, 16, 32, 48), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), strict=True):
+        for p in (word - 2**10, word + 2**10):
+            kept_here = cpu.dropout_mask(1, 64, p / 2**32, 0)[0, column].item() > 0
+            assert kept_here == (p <= word)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_threads(threads):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(300, 130, generator=generator) for _ in range(2))
+    weight, dy = torch.randn(130, generator=generator), torch.randn(300, 130, generator=generator)
+    qkv = torch.randn(3, 300, 4, 16, generator=generator)
+    offsets = torch.tensor([0, 40, 41, 200, 300])
+
+    def run() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y, _ = add_norm(leaves[0], residual, leaves[1], None, 1e-5, False, 0.2, torch.tensor([5]))
+        y.backward(dy)
+        parts = [t.clone().requires_grad_() for t in qkv]
+        o = packed_attention(*parts, offsets, 0.25, 0.2, 6)
+        o.square().sum().backward()
+        return [y.detach(), o.detach(), *(leaf.grad for leaf in (*leaves, *parts))]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = run()
+    torch.set_num_threads(threads)
+    try:
+        for a, b in zip(run(), expected, strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
+    """The formula, one row after the other; a row's mask is that of (token, head), over its own sequence."""
+    heads, rows, start = q.shape[1], [], 0
+    shape = q.shape[0] * heads, max(lengths, default=0)
+    mask = mask_of(shape, p, seed, torch.float64) if p else None
+    for length in lengths:
+        for i in range(start, start + length):
+            for h in range(heads):
+                weights = torch.softmax(scale * (k[start : start + length, h] @ q[i, h]), 0)
+                if mask is not None:
+                    weights = weights * mask[i * heads + h, :length]
+                rows.append(weights @ v[start : start + length, h])
+        start += length
+    return torch.stack(rows).view(q.shape) if rows else torch.zeros_like(q)
+
+
+@TYPES
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=4),
+    heads=st.integers(1, 3),
+    dim=st.integers(1, 40),
+    seed=st.integers(0, 2**62),
+)
+def test_attention_equals_the_formula(dtype, p, lengths, heads, dim, seed):
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    shape = (sum(lengths), heads, dim)
+    q, k, v, d_o = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    mine = [t.clone().requires_grad_() for t in (q, k, v)]
+    exact = [t.double().clone().requires_grad_() for t in (q, k, v)]
+    o, goal = packed_attention(*mine, offsets, 0.3, p, seed), attend(*exact, lengths, 0.3, p, seed)
+    close(o.detach(), goal.detach(), dtype)
+    if lengths and sum(lengths):
+        o.backward(d_o)
+        goal.backward(d_o.double())
+        for a, b in zip(mine, exact, strict=True):
+            close(a.grad, b.grad, dtype, scale=4)
+
+
+def test_attention_reads_the_parts_of_one_tensor_and_large_scores():
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(30, 3, 2, 24, generator=generator, dtype=torch.float64) * 30
+    offsets = torch.tensor([0, 11, 30])
+    o = packed_attention(*fused.unbind(1), offsets, 1.0)
+    expected = packed_attention_reference(*fused.unbind(1), offsets, 1.0)
+    torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        packed_attention(*fused.float().unbind(1), offsets, 1.0).double(), expected, rtol=1e-3, atol=0.1
+    )
+
+
+def test_opcheck_of_attention():
+    q, k, v = (torch.randn(9, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    offsets = torch.tensor([0, 4, 9])
+    torch.library.opcheck(torch.ops.mlfs.packed_attention.default, (q, k, v, offsets, 0.5, 0.1, 3))
+    assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, offsets, 0.5, 0.3, 9), (q, k, v))
+
+
+# ---- dispatch -------------------------------------------------------------------------------------------------------
+
+
+def test_types_it_does_not_take_are_refused_when_forced_and_go_elsewhere_when_not(monkeypatch):
+    half = torch.ones(2, 3, dtype=torch.bfloat16)
+    with pytest.raises(MLFSError, match="backend cpp: tensors of bfloat16; expected all float32"):
+        add_norm(half, None, None, None, 1e-5, True)
+    with pytest.raises(MLFSError, match="backend cpp: tensors of float32, float64"):
+        add_norm(half.float(), half.double(), None, None, 1e-5, True)
+    monkeypatch.setattr(backend, "_forced", None)
+    monkeypatch.delenv("MLFS_BACKEND", raising=False)
+    assert backend.backend_of(half) == backend.backend_of(half.double()) == "reference"
+    assert backend.backend_of(half.float(), half) == "reference"
+    assert backend.backend_of(half.float(), None, half.float()) == "cpp"
+    monkeypatch.setattr(backend, "why_no_cpp", lambda: "there is no compiler")
+    assert backend.backend_of(half.float()) == "reference"
+    with pytest.raises(MLFSError, match="backend cpp is not available: there is no compiler"), use_backend("cpp"):
+        pass
+
+
+def test_without_gradients_the_operator_is_called_directly():
+    layer = nn.Linear(20, 30).requires_grad_(False)
+    call = Call(torch.randn(4, 20), layer.weight, layer.bias, [], [], [], [0, 30])
+    with torch.inference_mode():
+        torch.testing.assert_close(call(sliced_linear), layer(call.x))
+    assert call(sliced_linear).grad_fn is None
