@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import backend_of, in_autocast_type
 from mlfs.ops.distill import divergence
 
 IGNORED = -100  # the label of rows that do not count
@@ -92,8 +92,7 @@ def head_loss(
             f"x, weight and labels of {shapes[0]}, {shapes[1]}, {shapes[2]}, teacher of "
             f"{None if teacher is None else tuple(teacher.shape)}: expected (..., n), (V, N), (...) and (..., N), n ≤ N"
         )
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = in_autocast_type(x)
     keep = torch.is_grad_enabled() and x.requires_grad
     return _head_loss(x, weight, bias, labels, teacher, alpha, temperature, smoothing, keep)[:3]
 
