@@ -205,7 +205,7 @@ def _head_rows(
         log_r = log_q if temperature == 1 else torch.log_softmax(z.to(sums.dtype) / temperature, dim=-1)
         log_p = torch.log_softmax(u.to(sums.dtype) / temperature, dim=-1)
         p = log_p.exp()
-        sums[1] = temperature**2 * (p * (log_p - log_r)).sum(-1)
+        sums[1] = temperature**2 * log_p.sub_(log_r).mul_(p).sum(-1)
         if dz is not None:
             dz.mul_(1 - alpha).add_(log_r.exp().sub_(p), alpha=alpha * temperature)
     if dz is not None:
