@@ -308,8 +308,8 @@ def backward(
     if any(trains):
         assert x is not None and h is not None
         ranks, starts = trained_ranks(lora_a, trains)
-        partial_a = _launch_reduce(g[:, ranks], with_rows(x))
-        partial_b = _launch_reduce(h[:, ranks], dz)
+        partial_a = launch_reduce(g[:, ranks], with_rows(x))
+        partial_b = launch_reduce(h[:, ranks], dz)
         goals = iter(gradients)
         for s, train in enumerate(trains):
             if train:
@@ -431,7 +431,7 @@ def _launch_product(
     run(config)
 
 
-def _launch_reduce(g: Tensor, x: Tensor) -> Tensor:
+def launch_reduce(g: Tensor, x: Tensor) -> Tensor:
     """(parts, R, C): Σ_t g[t, q] x[t, c] over each chunk of tokens; the chunks follow from the shape alone."""
     tokens, ranks, columns = x.shape[0], g.shape[1], x.shape[1]
     block_r = min(64, max(16, triton.next_power_of_2(ranks)))

@@ -58,6 +58,11 @@ class MLFSArguments(TrainingArguments):
     projection: str = _option(
         "fixed", "Projections: 'fixed' (random, orthonormal) or 'learned' (trained along with the stage)."
     )
+    fused_head_loss: bool = _option(
+        True,
+        "Compute a language model's loss from what goes into its head, some rows at a time, instead of from logits of "
+        "the whole batch. Not used with a loss of your own, or torch_compile.",
+    )
     train_head: bool = _option(True, "Whether a new task head (classifier and the like) trains, in every stage.")
     train_norms: bool = _option(False, "Whether the weights of the norms train too.")
     order: str = _option(

@@ -75,19 +75,31 @@ class Distiller(nn.Module):
         )
         loss = (1 - self.alpha) * task_loss + self.alpha * kl
         parts = {"task": task_loss.detach(), "kl": kl.detach()}
-        if self.uses_features:
-            feature = task_loss.new_zeros(())
-            for i, layer in enumerate(subnet.layers):
-                last = i == len(subnet.layers) - 1
-                if not self.betas[layer] or (self.final_norm and last and layer != self.layers - 1):
-                    continue
-                mine, goal = student["hidden_states"][i + 1], teacher["hidden_states"][layer + 1]
-                mask = attention if attention is not None and attention.shape == mine.shape[:-1] else None
-                feature = feature + self.betas[layer] * feature_distance(mine, goal, self.projections[layer], mask)
-            feature = share * feature
-            loss = loss + feature
-            parts["feature"] = feature.detach()
-        return loss, parts
+        return self.add_features(loss, parts, subnet, student, teacher, attention, share)
+
+    def add_features(
+        self,
+        loss: Tensor,
+        parts: dict[str, Tensor],
+        subnet: Subnet,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any],
+        attention: Tensor | None,
+        share: float | Tensor = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts) with the distances of the hidden states."""
+        if not self.uses_features:
+            return loss, parts
+        feature = loss.new_zeros(())
+        for i, layer in enumerate(subnet.layers):
+            last = i == len(subnet.layers) - 1
+            if not self.betas[layer] or (self.final_norm and last and layer != self.layers - 1):
+                continue
+            mine, goal = student["hidden_states"][i + 1], teacher["hidden_states"][layer + 1]
+            mask = attention if attention is not None and attention.shape == mine.shape[:-1] else None
+            feature = feature + self.betas[layer] * feature_distance(mine, goal, self.projections[layer], mask)
+        feature = share * feature
+        return loss + feature, {**parts, "feature": feature.detach()}
 
 
 def output_divergence(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from mlfs.deferral import HEAD_INPUT
 from mlfs.subnet import Subnet
 
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -30,12 +31,15 @@ def together(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def part_of(outputs: Mapping[str, Any], i: int, rows: int, subnet: Subnet) -> ModelOutput:
-    """What the i-th subnet gave: its rows; of hidden states, those of its layers, as wide as it is."""
+    """What the i-th subnet gave: its rows; of hidden states, those of its layers, as wide as it is, and of what goes
+    into a head that is left out, as much as it has."""
 
     def cut(value: Any) -> Any:
         return value[i * rows : (i + 1) * rows] if isinstance(value, Tensor) else None
 
     found = {key: cut(value) for key, value in outputs.items() if isinstance(value, Tensor)}
+    if HEAD_INPUT in found:
+        found[HEAD_INPUT] = found[HEAD_INPUT][..., : subnet.hidden]
     if (states := outputs.get("hidden_states")) is not None:
         kept = [0, *(layer + 1 for layer in subnet.layers)]
         found["hidden_states"] = tuple(cut(states[k])[..., : subnet.hidden] for k in kept)

@@ -4,8 +4,6 @@
 checkpoints while it runs, the saved super-transformer once it is done. `output_dir` itself holds the newest one done.
 """
 
-import contextlib
-import hashlib
 import itertools
 import json
 import shutil
@@ -16,19 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from mlfs.arguments import MLFSArguments
 from mlfs.checkpoint import restore, write_json
-from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.errors import MLFSError
-from mlfs.evaluation import PaletteTrainer
-from mlfs.lockstep import Computed, part_of, rows_of, together
+from mlfs.iteration import SubnetTrainer
 from mlfs.ordering import importance, permutation_of
 from mlfs.runs import is_saved, is_whole, last_checkpoint
 from mlfs.subnet import SearchSpace, Subnet
@@ -38,7 +33,7 @@ logger = logging.get_logger("transformers.mlfs")
 _DISTILLER = "projections.safetensors"
 
 
-class MLFSTrainer(PaletteTrainer):
+class MLFSTrainer(SubnetTrainer):
     """Trains a super-transformer; everything a `transformers.Trainer` takes and does.
 
     Args:
@@ -73,31 +68,7 @@ class MLFSTrainer(PaletteTrainer):
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
         super().__init__(model, args, **kwargs)
-        config = self.supernet.model.config
-        self.causal = type(self.supernet.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        problem = getattr(config, "problem_type", None)
-        self.regression = problem == "regression" or (problem is None and getattr(config, "num_labels", 2) == 1)
-        self.multi_label = problem == "multi_label_classification"
-        if not self.causal:
-            # Their losses are means over the batch, whatever number of items they are told of.
-            self.model_accepts_loss_kwargs = False
-        dims = self.supernet.dimensions
-        self.distiller = Distiller(
-            dims.hidden,
-            dims.layers,
-            args.distill_alpha,
-            args.distill_beta,
-            args.temperature,
-            args.projection_size,
-            args.projection == "learned",
-            args.seed,
-            has_final_norm(self.supernet.family),
-        ).to(self.supernet.model.device)
-        self.stage = args.stages_to_train[0]
         self._step_offset = 0  # optimizer steps of the stages before
-        self._draws = (-1, 0)  # (global step, batches seen within it)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
 
     @property
     def run_folder(self) -> Path:
@@ -167,7 +138,8 @@ class MLFSTrainer(PaletteTrainer):
     def _leave_stage(self) -> None:
         # autocast and the like are put on `forward` by accelerate, once per run
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.model.__dict__.pop("forward", None)
+        for name in ("forward", "_is_accelerate_prepared"):  # the next stage is prepared anew
+            self.model.__dict__.pop(name, None)
         self.supernet.fold(0)
         folder = self._stage_folder(self.run_folder)
         if self.args.should_save:
@@ -188,179 +160,6 @@ class MLFSTrainer(PaletteTrainer):
                 dist.all_reduce(total)
                 scores[key] = total.cpu()
         self.supernet.apply_permutation(permutation_of(scores))
-
-    # ---- one iteration ------------------------------------------------------------------------------------------
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """K subnets on one batch, maxnet first: its outputs are the teacher's. Returns the weighted loss, detached."""
-        self._set_mode(model)
-        inputs = self._prepare_inputs(inputs)
-        subnets = self.draw_subnets()
-        weights = self.loss_weights(subnets)
-        run = self._lockstep if self.args.subnet_execution == "lockstep" and len(subnets) > 1 else self._one_by_one
-        with self._without_sync(model):
-            losses = run(model, inputs, subnets, weights, num_items_in_batch)
-        if not all(torch.isfinite(loss) for loss in losses):
-            self._stop_at_nan(subnets, losses)
-        self._sum_gradients()
-        weighted = torch.stack(losses) * torch.tensor(weights, device=self.args.device)
-        return weighted.sum() / self._divisor(num_items_in_batch)
-
-    def _one_by_one(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        subnets: list[Subnet],
-        weights: list[float],
-        num_items_in_batch: Tensor | int | None,
-    ) -> list[Tensor]:
-        """Forward and backward passes of one subnet after the other; their losses, detached."""
-        teacher, losses = None, []
-        for subnet, weight in zip(subnets, weights, strict=True):
-            batch = dict(inputs)
-            if len(subnets) > 1 and self.distiller.uses_features:
-                batch["output_hidden_states"] = True
-            # the backward pass may recompute: it stays inside
-            with self.supernet.activate(subnet):
-                with self.compute_loss_context_manager():
-                    task, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
-                    loss = self._subnet_loss(subnet, task, outputs, teacher, inputs, num_items_in_batch)
-                    teacher = detached(outputs) if teacher is None else teacher
-                self.accelerator.backward(loss * (weight / self._divisor(num_items_in_batch)))
-            losses.append(loss.detach())
-        return losses
-
-    def _lockstep(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        subnets: list[Subnet],
-        weights: list[float],
-        num_items_in_batch: Tensor | int | None,
-    ) -> list[Tensor]:
-        """One pass of all subnets together, each on its own copy of the batch's rows; their losses, detached."""
-        batch, count = together(inputs, len(subnets)), rows_of(inputs)
-        if self.distiller.uses_features:
-            batch["output_hidden_states"] = True
-        rows = [subnet for subnet in subnets for _ in range(count)]
-        with self.supernet.activate_rows(rows):
-            with self.compute_loss_context_manager():
-                outputs = model(**batch)
-                total, teacher, losses = torch.zeros((), device=self.args.device), None, []
-                for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
-                    mine = part_of(outputs, i, count, subnet)
-                    stand_in = Computed(self.accelerator.unwrap_model(model), mine)
-                    task, mine = self.compute_loss(stand_in, dict(inputs), True, num_items_in_batch)
-                    loss = self._subnet_loss(subnet, task, mine, teacher, inputs, num_items_in_batch)
-                    teacher = detached(mine) if teacher is None else teacher
-                    total = total + loss * weight
-                    losses.append(loss.detach())
-            self.accelerator.backward(total / self._divisor(num_items_in_batch))
-        return losses
-
-    def _subnet_loss(
-        self,
-        subnet: Subnet,
-        task: Tensor,
-        outputs: Any,
-        teacher: dict[str, Any] | None,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """The task loss of the first subnet, the teacher; of the others with what they learn from it. Recorded."""
-        loss, parts = task, {}
-        if teacher is not None:
-            share = self._share(inputs, num_items_in_batch) if self._is_scaled(num_items_in_batch) else 1.0
-            kinds = {"causal": self.causal, "regression": self.regression, "multi_label": self.multi_label}
-            loss, parts = self.distiller(subnet, task, outputs, teacher, inputs, share, **kinds)
-        who = "max" if teacher is None else "min" if subnet == self._min else "rest"
-        self._record(who, {**parts, "loss": loss.detach()})
-        return loss
-
-    def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
-        """What losses are divided by where gradients accumulate: nothing, if they are scaled to the whole already."""
-        return 1 if self._is_scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-
-    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the model's loss is its share of the accumulated batch's already."""
-        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
-
-    def draw_subnets(self) -> list[Subnet]:
-        """The subnets of this iteration: maxnet, then those of `subnet_sampling`; maxnet alone in stage 0. The same in
-        every process and after resuming: drawn from seed, stage, step and batch."""
-        step, seen = self._draws
-        seen = seen + 1 if step == self.state.global_step else 0
-        self._draws = (self.state.global_step, seen)
-        space, count, depths = self.supernet.space, self.args.subnets_per_step, self.stage == 2
-        if self.stage == 0 or count == 1:
-            return [space.max]
-        key = f"{self.args.seed}/{self.stage}/{self.state.global_step}/{seen}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        if self.args.subnet_sampling == "random":
-            return [space.max, *(space.sample(generator, depths) for _ in range(count - 1))]
-        depth = int(torch.randint(len(space.layers), (1,), generator=generator)) if depths else 0
-        narrow = Subnet(space.hidden[-1], space.heads[-1], space.ffn[-1], space.layers[depth])
-        draws = [space.sample if i % 2 else space.sample_level for i in range(count - 2)]
-        return [space.max, narrow, *(draw(generator, depths) for draw in draws)]
-
-    def loss_weights(self, subnets: list[Subnet]) -> list[float]:
-        """(n_1 / n_j)^γ of each subnet, normalised as `gamma_normalization` says."""
-        used = [max(self.supernet.count_trainable(subnet), 1) for subnet in subnets]
-        weights = [(used[0] / n) ** self.args.gamma for n in used]
-        divisor = {"weights": sum(weights), "count": float(len(weights)), "none": 1.0}[self.args.gamma_normalization]
-        return [weight / divisor for weight in weights]
-
-    @property
-    def _min(self) -> Subnet:
-        space = self.supernet.space
-        return (
-            space.min if self.stage == 2 else Subnet(space.hidden[-1], space.heads[-1], space.ffn[-1], space.layers[0])
-        )
-
-    def _set_mode(self, model: nn.Module) -> None:
-        model.train()
-        if callable(to_train := getattr(self.optimizer, "train", None)):
-            to_train()
-        if self.stage not in self.args.dropout_stages:
-            for module in model.modules():
-                # what may recompute its activations asks `training` whether to
-                if not hasattr(module, "gradient_checkpointing"):
-                    module.training = False
-
-    def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Tensor:
-        labels = inputs["labels"]
-        mine = (labels[:, 1:] if self.causal else labels).ne(-100).sum()
-        share = mine / num_items_in_batch
-        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
-
-    def _without_sync(self, model: nn.Module) -> Any:
-        # A subnet leaves parameters out, which DistributedDataParallel does not expect: gradients are summed here.
-        return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()  # type: ignore[operator]
-
-    def _sum_gradients(self) -> None:
-        if self.accelerator.num_processes == 1 or not self.accelerator.sync_gradients:
-            return
-        assert self.optimizer is not None
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-        dist.all_reduce(flat)
-        flat /= self.accelerator.num_processes
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = grad.view_as(parameter).clone()
-
-    def _stop_at_nan(self, subnets: list[Subnet], losses: list[Tensor]) -> None:
-        bad = next((s for s, loss in zip(subnets, losses, strict=True) if not torch.isfinite(loss)), subnets[0])
-        last = last_checkpoint(self._stage_folder(self.run_folder))
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
-        raise MLFSError(
-            f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet {bad}; "
-            f"{kept}. Resume with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
-        )
 
     # ---- optimizer and logs ---------------------------------------------------------------------------------------
 
@@ -389,12 +188,6 @@ class MLFSTrainer(PaletteTrainer):
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
         """The palette; while stage 0 trains, the full model."""
         return {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
-
-    def _record(self, who: str, parts: Mapping[str, Tensor]) -> None:
-        for key, value in parts.items():
-            name = f"{who}_{key}"
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -129,6 +129,24 @@ LABELLED = [
 SMOOTHED = [(*model, smoothing) for model in LABELLED for smoothing in (0.0, 0.1)]
 
 
+ONE_STEP: dict[str, Any] = {"dropout_stages": [], "distill_beta": [0.3]}
+
+
+def one_step(t: MLFSTrainer, batch: dict[str, Any], items: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a step of stage 2, with stages that have an effect; gradients accumulate over two steps."""
+    generator = torch.Generator().manual_seed(0)
+    for key, p in t.supernet.own_parameters().items():
+        if "lora_B" in key:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    t.stage = 2
+    t.supernet.train_stage(2)
+    t.create_optimizer()
+    t.current_gradient_accumulation_steps = 2
+    t.state.global_step = 5
+    loss = t.training_step(t.supernet.model, dict(batch), items)
+    return loss, {n: p.grad for n, p in t.supernet.own_parameters().items() if p.grad is not None}
+
+
 @pytest.mark.parametrize("name, suffix, smoothing", [*SMOOTHED, ("roberta", "ForQuestionAnswering", 0.0)])
 def test_lockstep_gives_the_gradients_of_one_subnet_after_the_other(tmp_path, name, suffix, smoothing) -> None:
     batch = {k: torch.tensor(v) for k, v in rows(4, causal=suffix != "ForSequenceClassification").to_dict().items()}
@@ -142,21 +160,9 @@ def test_lockstep_gives_the_gradients_of_one_subnet_after_the_other(tmp_path, na
         batch["labels"][0, 3:] = -100
     found, losses = {}, {}
     for how in ("sequential", "lockstep"):
-        torch.manual_seed(0)
-        options = {"dropout_stages": [], "distill_beta": [0.3], "label_smoothing_factor": smoothing}
-        t = trainer(tmp_path / how, name, suffix, subnet_execution=how, **options)
-        generator = torch.Generator().manual_seed(0)
-        for key, p in t.supernet.own_parameters().items():
-            if "lora_B" in key:
-                p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-        t.stage = 2
-        t.supernet.train_stage(2)
-        t.create_optimizer()
-        t.current_gradient_accumulation_steps = 2
-        t.state.global_step = 5
         items = (batch["labels"] != -100).sum() if suffix in ("ForCausalLM", "LMHeadModel") else None
-        losses[how] = t.training_step(t.supernet.model, dict(batch), items)
-        found[how] = {n: p.grad for n, p in t.supernet.own_parameters().items() if p.grad is not None}
+        t = trainer(tmp_path / how, name, suffix, subnet_execution=how, label_smoothing_factor=smoothing, **ONE_STEP)
+        losses[how], found[how] = one_step(t, batch, items)
     assert torch.allclose(losses["sequential"], losses["lockstep"], rtol=1e-5)
     assert found["sequential"].keys() == found["lockstep"].keys()
     for key, gradient in found["sequential"].items():
@@ -258,6 +264,15 @@ def test_option_runs_and_reloads(options: dict[str, Any], tmp_path: Path) -> Non
         assert name in own(again) and not torch.equal(
             own(again)[name], make("bert", "ForSequenceClassification").get_parameter(name)
         )
+
+
+def test_mixed_precision_holds_in_every_stage(tmp_path: Path) -> None:
+    t = trainer(tmp_path, bf16=True, save_strategy="no", stage_steps=[1])
+    seen = set()
+    layer = next(module for module in t.supernet.elastic() if isinstance(module, ElasticLinear))
+    layer.register_forward_hook(lambda module, args, output: seen.add((t.is_in_train, t.stage, output.dtype)))
+    t.train()
+    assert {(stage, dtype) for training, stage, dtype in seen if training} == {(s, torch.bfloat16) for s in range(3)}
 
 
 def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:

@@ -1,7 +1,17 @@
 """Operators of mlfs: one file each, with the formula, the plain PyTorch reference and its registration."""
 
 from mlfs.ops.distill import divergence, feature_distance
+from mlfs.ops.head_loss import head_loss, head_loss_reference
 from mlfs.ops.norm import layer_norm, rms_norm
 from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
 
-__all__ = ["divergence", "feature_distance", "layer_norm", "rms_norm", "sliced_linear", "sliced_linear_reference"]
+__all__ = [
+    "divergence",
+    "feature_distance",
+    "head_loss",
+    "head_loss_reference",
+    "layer_norm",
+    "rms_norm",
+    "sliced_linear",
+    "sliced_linear_reference",
+]

@@ -53,6 +53,12 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str:
     return forced
 
 
+def in_autocast_type(x: Tensor) -> Tensor:
+    """x as autocast has it go into a product; x itself where autocast is off."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend inside the block, in the whole process."""

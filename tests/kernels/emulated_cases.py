@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.offline import offline
-from mlfs.kernels import decode, grouped, norm, sliced_linear
+from mlfs.kernels import decode, distill, grouped, norm, sliced_linear
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.norm import add_norm_reference
@@ -102,7 +102,37 @@ def run_norm(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-CASES = {"sliced_linear": run_sliced_linear, "grouped": run_grouped, "decode": run_decode, "norm": run_norm}
+def run_distill(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Its blocks are its own; the two cases are an odd vocabulary without, and one of two blocks with a teacher."""
+    teaches = config != CONFIGS[0]
+    vocabulary, n, full, size = (2085, 44, 48, 7) if teaches else (77, 48, 48, 16)
+    z, u = randn(3, 2112, dtype=dtype, scale=3)[:, :vocabulary], randn(3, 2112, dtype=dtype, scale=3)[:, :vocabulary]
+    labels, sums, mask = torch.tensor([5, -100, vocabulary - 1]), torch.zeros(2, 3), torch.arange(37) % 3 > 0
+    alpha, temperature, smoothing = (0.6, 2.0, 0.1) if teaches else (0.0, 1.0, 0.0)
+    student, teacher = randn(37, n, dtype=dtype), randn(37, full, dtype=dtype)
+    projection, scale = randn(size, full, scale=0.15), torch.tensor(0.5)
+    exact = z.double()[[0, 2]].requires_grad_()
+    task = torch.nn.functional.cross_entropy(exact, labels[[0, 2]], reduction="none", label_smoothing=smoothing)
+    log_p, log_r = (torch.log_softmax(t / temperature, -1) for t in (u.double()[[0, 2]], exact))
+    distance = temperature**2 * (log_p.exp() * (log_p - log_r)).sum(-1) * teaches
+    ((1 - alpha) * task + alpha * distance).sum().backward()
+    with offline(ARCH, emulate):
+        distill.head_rows(z, u if teaches else None, labels, sums, alpha, temperature, smoothing, True)
+        _, _, d = distill.difference(student, teacher, projection, mask, True)
+        dx = distill.spread(d, projection, scale, n, dtype)
+    wide = projection.double()
+    goal = (student.double() @ wide[:, :n].t() - teacher.double() @ wide.t()) * mask.unsqueeze(1)
+    pairs = [(sums[:, [0, 2]], torch.stack([task, distance]).detach()), (z[[0, 2]], exact.grad)]
+    return [*pairs, (z[1], torch.zeros_like(z[1]).double()), (d, goal), (dx, 0.5 * goal @ wide[:, :n])]
+
+
+CASES = {
+    "sliced_linear": run_sliced_linear,
+    "grouped": run_grouped,
+    "decode": run_decode,
+    "norm": run_norm,
+    "distill": run_distill,
+}
 
 
 def main(name: str, dtype: str, config: str) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlfs.ops.distill import divergence, feature_distance
+from mlfs import MLFSError
+from mlfs.ops.distill import divergence, feature_distance, feature_distance_reference
 
 
 def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -172,3 +173,68 @@ def test_projection_learns_from_both_sides_of_the_difference():
     goal = teacher @ plain.T
     ((student @ plain[:, :4].T - goal) ** 2).sum().div((goal.detach() ** 2).sum()).backward()
     torch.testing.assert_close(projection.grad, plain.grad)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@given(
+    rows(), st.integers(1, 6).flatmap(lambda full: st.tuples(st.just(full), st.integers(1, full))), st.integers(1, 4)
+)
+def test_feature_distance_and_its_gradients_equal_the_reference(learned, case, widths, size):
+    leading, mask, seed = case
+    full, n = widths
+    teacher = randn(*leading, full, seed=seed + 1)
+    found = []
+    for op in (feature_distance, feature_distance_reference):
+        student, projection = randn(*leading, n, seed=seed), randn(size, full)
+        value = op(student.requires_grad_(), teacher, projection.requires_grad_(learned), mask)
+        (3 * value).backward()
+        found.append([value.detach(), student.grad, *([projection.grad] if learned else [])])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_feature_distance_ignores_rows_that_hold_no_numbers():
+    student, teacher, projection = randn(4, 4), randn(4, 5, seed=1), randn(3, 5, seed=2)
+    mask = torch.tensor([True, False, True, True])
+    goal = feature_distance(student, teacher, projection, mask)
+    student[1], teacher[1] = float("nan"), float("inf")
+    student.requires_grad_()
+    value = feature_distance(student, teacher, projection, mask)
+    value.backward()
+    assert torch.equal(value, goal)
+    assert not student.grad[1].any() and student.grad[mask].all()
+
+
+def test_feature_distance_takes_a_mask_of_ones_and_zeros():
+    student, teacher, projection, mask = (
+        randn(4, 4),
+        randn(4, 5, seed=1),
+        randn(3, 5, seed=2),
+        torch.tensor([1, 0, 1, 1]),
+    )
+    found = feature_distance(student, teacher, projection, mask)
+    assert torch.equal(found, feature_distance(student, teacher, projection, mask.bool()))
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (3, 5), (2, 5), (4,)), ((4, 6), (4, 5), (2, 5), (4,)),
+                                    ((4, 3), (4, 5), (2, 6), (4,)), ((4, 3), (4, 5), (2, 5), (3,))])  # fmt: skip
+def test_feature_distance_refuses_shapes_that_do_not_fit(shapes):
+    with pytest.raises(MLFSError, match="expected"):
+        feature_distance(*(torch.ones(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_feature_distance_opcheck(masked, learned):
+    student, teacher, projection = randn(2, 3, 4).requires_grad_(), randn(2, 3, 5, seed=1), randn(3, 5, seed=2)
+    mask = torch.tensor([[True, True, False], [True, False, True]]) if masked else None
+    ops = torch.ops.mlfs
+    torch.library.opcheck(
+        ops.feature_distance.default, (student, teacher, projection.requires_grad_(learned), mask, True)
+    )
+    torch.library.opcheck(ops.feature_distance.default, (student.detach(), teacher, projection.detach(), mask, False))
+    d, scale, given_ = randn(6, 3), torch.tensor(0.5).double(), (student.detach(), teacher) if learned else (None, None)
+    for needs_dx in (True, False):
+        torch.library.opcheck(
+            ops.feature_distance_backward.default,
+            (scale, d, projection.detach(), *given_, 4, torch.float64, needs_dx),
+        )
