@@ -37,10 +37,10 @@ class PaletteTrainer(Trainer):
             supernet.space.check(subnet)
         super().__init__(model=supernet.model, args=args, **kwargs)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; encoders skip the padding, where they can."""
         with without_padding():
-            return super().compute_loss(*args, **kwargs)
+            return super().prediction_step(*args, **kwargs)
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
         """What `evaluate` runs: the palette."""
@@ -77,7 +77,7 @@ class PaletteTrainer(Trainer):
                 for key, value in found.items():
                     if isinstance(value, (int, float)):
                         shared.setdefault(key, []).append(float(value))
-                found["latency"] = latency(self.model, sample)
+                found["latency"] = latency(self.supernet, sample)
             found["parameters"] = self.supernet.count_parameters(subnet)
             found["bytes"] = size_on_disk(self.supernet, subnet)
             metrics |= {f"{prefix}_{key}": value for key, value in found.items()}

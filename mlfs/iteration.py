@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mlfs.arguments import MLFSArguments
+from mlfs.blocks import without_padding
 from mlfs.deferral import HEAD_INPUT, vocabulary_head, without_logits
 from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.elastic import ElasticLinear
@@ -94,7 +95,7 @@ class SubnetTrainer(PaletteTrainer):
                 batch["output_hidden_states"] = True
             # the backward pass may recompute: it stays inside
             with self.supernet.activate(subnet):
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), without_padding():
                     if head is None:
                         task, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
                     else:

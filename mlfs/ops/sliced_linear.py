@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, cpp
+from mlfs.ops.backend import backend_of, cpp, in_autocast_type
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
@@ -86,10 +86,7 @@ def sliced_linear(
             f"activation={activation!r} {'with' if operand is not None else 'without'} an operand: expected one of "
             f"{', '.join(ACTIVATIONS)}; only silu_mul takes an operand, and needs it"
         )
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
-        x = x.to(kind)
-        operand = None if operand is None else operand.to(kind)
+    x, operand = in_autocast_type(x), None if operand is None else in_autocast_type(operand)
     leaves = (x, operand, residual, *lora_a, *lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     lists = (list(lora_a), list(lora_b), list(scales), list(spans))
