@@ -52,6 +52,13 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in where x is, or None outside of it (always on devices that have none, as `meta`)."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def check(name: str) -> None:
     """Raises MLFSError if there is no such backend, or it cannot run here."""
     if name not in BACKENDS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import autocast_type, backend_of
 from mlfs.ops.sliced_linear import linear_backward, of_each_stage, sliced_linear_reference
 
 __all__ = ["Group", "grouped_sliced_linear", "grouped_sliced_linear_reference"]
@@ -98,8 +98,7 @@ def grouped_sliced_linear(
                 f"spans of {m} rows"
             )
         end = group.first + group.tokens
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_type(x) or x.dtype)
     packed = [
         number for g in groups for number in (g.first, g.tokens, g.n, *g.spans, *[0] * (2 * _SPANS - len(g.spans)))
     ]

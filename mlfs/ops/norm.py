@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import autocast_type, backend_of
 
 __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
@@ -41,7 +41,7 @@ def add_norm_reference(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation of x (..., n) with the leading n of weight and bias (N,)."""
     if backend_of(x) == "triton":
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_type(x) is not None:
             x = x.float()  # as autocast does with torch's own
         return add_norm(x, None, weight, bias, eps, rms=False)[0]
     return add_norm_reference(x, None, weight, bias, eps, rms=False)[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of
+from mlfs.ops.backend import autocast_type, backend_of
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
@@ -87,8 +87,7 @@ def sliced_linear(
             f"activation={activation!r} {'with' if operand is not None else 'without'} an operand: expected one of "
             f"{', '.join(ACTIVATIONS)}; only silu_mul takes an operand, and needs it"
         )
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
+    if (kind := autocast_type(x)) is not None:
         x = x.to(kind)
         operand = None if operand is None else operand.to(kind)
         residual = None if residual is None else residual.to(kind)
