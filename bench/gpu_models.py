@@ -49,16 +49,14 @@ class Workload:
 def workloads(tiny: bool) -> list[Workload]:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # contenders draw other masks
     if tiny:
-        sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
-        one, two = (
-            (Subnet(32, 4, 48, (0,)), Subnet(16, 2, 24, (0,))),
-            (Subnet(32, 4, 48, (0, 1)), Subnet(16, 2, 24, (1,))),
-        )
-        bert = BertConfig(**sizes, num_hidden_layers=1, max_position_embeddings=16, **no_dropout)
-        llama = LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2)
+        sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16,
+                 "num_hidden_layers": 1}  # fmt: skip
+        full, half = Subnet(16, 4, 16, (0,)), Subnet(8, 2, 8, (0,))
+        bert = BertConfig(**sizes, max_position_embeddings=16, **no_dropout)
+        llama = LlamaConfig(**sizes, num_key_value_heads=2)
         return [
-            Workload("tiny BERT", BertForSequenceClassification, bert, *one, (2, 3), 0),
-            Workload("tiny Llama", LlamaForCausalLM, llama, *two, (2, 3), 8),
+            Workload("tiny BERT", BertForSequenceClassification, bert, full, half, (1, 3), 0),
+            Workload("tiny Llama", LlamaForCausalLM, llama, full, half, (1, 3), 4),
         ]
     smol = LlamaConfig(
         vocab_size=49152, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
@@ -227,12 +225,8 @@ def _iterations(load: Workload, device: str, dtype: torch.dtype) -> dict[str, Co
     """The same batch at four sizes, then AdamW: all in one pass, one after the other, and four models of PEFT's."""
     supernet, batch = _supernet(load, device, dtype), _batch(load, device)
     full, half = load.full, load.half
-    subnets = [
-        full,
-        half,
-        Subnet(half.hidden, half.heads, half.ffn, full.layers),
-        Subnet(half.hidden, full.heads, half.ffn, full.layers),
-    ]
+    between = [Subnet(half.hidden, heads, half.ffn, full.layers) for heads in (full.heads, half.heads)]
+    subnets = [full, *between, half]
     trained = [p for p in supernet.parameters() if p.requires_grad]
     rows = load.batch[0]
     four = {"input_ids": torch.cat([batch["input_ids"]] * 4)}
@@ -271,6 +265,7 @@ def _iterations(load: Workload, device: str, dtype: torch.dtype) -> dict[str, Co
 def _tokens(load: Workload, subnet: Subnet, device: str, dtype: torch.dtype, context: int) -> dict[str, Contender]:
     """One token after `context` others, which are in the cache; alone if there are none."""
     models = Models.make(_supernet(load, device, dtype), subnet)
+    models.peft.to(dtype)  # its adapters, which it would otherwise compute in fp32
     ids = torch.randint(load.config.vocab_size, (1, context + 1), device=device)
 
     def token(model: Any, around: Callable[[], Any], before: Callable[[], None] | None = None) -> Contender:

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import quantiles
 from typing import Any
 
@@ -49,9 +50,7 @@ class Clock:
         self._scratch = torch.empty(scratch, dtype=torch.int8, device=device)
 
     def compare(self, runs: Mapping[str, Run], flush: bool = True) -> dict[str, list[float]]:
-        """Seconds of each run of each contender. Who goes first changes from round to round."""
-        for run in runs.values():
-            self.warm(run)
+        """Seconds of each run of each contender, all warm. Who goes first changes from round to round."""
         names = list(runs)
         marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
         for turn in range(self.rounds):
@@ -85,11 +84,10 @@ class Clock:
         for dtype in dtypes:
             a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
-            times = self.compare({"product": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)})
-            found[name_of(dtype)] = 2 * size**3 / spread(times["product"])["median"]
+            found[name_of(dtype)] = 2 * size**3 / self._alone(partial(torch.mm, a, b, out=out))
         source = torch.zeros(copied, dtype=torch.int8, device=self.device)
         goal = torch.empty_like(source)
-        found["bytes"] = 2 * copied / spread(self.compare({"copy": lambda: goal.copy_(source)})["copy"])["median"]
+        found["bytes"] = 2 * copied / self._alone(lambda: goal.copy_(source))
         return found
 
     def warm(self, run: Run) -> None:
@@ -107,6 +105,10 @@ class Clock:
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
+
+    def _alone(self, run: Run) -> float:
+        self.warm(run)
+        return spread(self.compare({"alone": run})["alone"])["median"]
 
     def _mark(self) -> Any:
         if self.device == "cpu":
@@ -142,7 +144,10 @@ def measure(case: Case, clock: Clock, ceilings: Mapping[str, float]) -> dict[str
         try:
             run = contenders[name].run
             clock.warm(run)
-            runs[name] = clock.record(run) if case.graph else run
+            if case.graph:
+                run = clock.record(run)
+                run()
+            runs[name] = run
         except Exception as error:
             row["errors"][name] = _said(error)
     if ours not in runs:
