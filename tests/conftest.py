@@ -34,4 +34,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _on_gpu(config: pytest.Config) -> bool:
-    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+    return config.option.markexpr.startswith("gpu") and torch.cuda.is_available()
