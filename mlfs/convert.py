@@ -214,7 +214,7 @@ def _call_or_skip(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: 
             kwargs["_sizes"] = sizes
         out = type(self)._original.__call__(self, hidden_states, *args, **kwargs)
         if isinstance(sizes, RowSizes) and not all(row.keeps(layer) for row in sizes.rows):
-            kept = torch.tensor([row.keeps(layer) for row in sizes.rows], device=out.device)
+            kept = _mask(tuple(row.keeps(layer) for row in sizes.rows), out.device)
             out = torch.where(kept.view(-1, *(1 for _ in out.shape[1:])), out, hidden_states)
         return out
     # A key-value cache tells lengths by any layer: one number per token keeps this one in step.
@@ -223,6 +223,17 @@ def _call_or_skip(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: 
             token = hidden_states[..., :1].detach().unsqueeze(1)
             cache.update(token, token, layer)
     return hidden_states
+
+
+def _mask(kept: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    """`kept` on the device; copied there once, as nothing may be while a CUDA graph is recorded."""
+    return torch.tensor(kept, device=device) if torch.compiler.is_compiling() else _remembered_mask(kept, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered_mask(kept: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd keeps it for the backward pass of later calls
+        return torch.tensor(kept, device=device)
 
 
 def _forward_under_its_subnet(original: type[nn.Module]) -> Any:

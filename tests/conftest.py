@@ -1,20 +1,16 @@
 """Settings for all tests: one thread, so that times and rounding do not depend on the machine, no model hub, and
-Triton's interpreter where there is no GPU."""
+Triton's interpreter, but for `pytest -m gpu`, which runs the kernels on a GPU."""
 
 import os
 
 # Before anything imports the hub's client, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+# What cuBLAS wants to be told before torch.use_deterministic_algorithms lets it run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
-
-from mlfs.ops.backend import use_backend
 
 torch.set_num_threads(1)
 settings.register_profile("mlfs", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -24,5 +20,27 @@ settings.load_profile("mlfs")
 @pytest.fixture
 def reference():
     """Plain PyTorch operators, which round as those of transformers do."""
+    from mlfs.ops.backend import use_backend
+
     with use_backend("reference"):
         yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _on_gpu(config):
+        os.environ.setdefault("MLFS_TUNE", "0")  # tests are many small shapes
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _on_gpu(config):
+        return
+    missing = "PyTorch sees no GPU" if not torch.cuda.is_available() else "kernels are interpreted here: run -m gpu"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr.startswith("gpu") and torch.cuda.is_available()

@@ -21,6 +21,8 @@ _S_NOP = struct.pack("<II", 0xBF800000, 0xBF800000)
 # buffer_gl0_inv and buffer_gl1_inv: cache invalidations, which the emulator does not decode and does not need
 _INVALIDATIONS = [struct.pack("<II", word, 0) for word in (0xE0AC0000, 0xE0B00000)]
 _LDS_SHIFT, _LDS_UNIT = 15, 512  # of compute_pgm_rsrc2
+# DPP controls by which a lane reads another of its row of 16 (AMD, "RDNA3 Instruction Set Architecture", DPP16)
+_ROW_SHARE, _ROW_XMASK, _IDENTITY = 0x150, 0x160, 0xE4
 
 
 def missing() -> str | None:
@@ -39,9 +41,10 @@ def emulate(launch: Launch) -> None:
     """Executes a launch that was compiled for gfx1100, on its CPU tensors, in place."""
     sys.path.insert(0, os.environ["TINYGRAD"])
     try:
-        from test.mockgpu.amd.emu import run_asm
+        from test.mockgpu.amd import emu
     finally:
         sys.path.pop(0)
+    _teach(emu)
     _image, base, size, descriptor = _load(launch.kernel.asm["hsaco"])  # the memory lives as long as its name
     lds, scratch, kernarg, _, entry = struct.unpack_from("<IIIIq", ctypes.string_at(base + descriptor, 64))
     (resources,) = struct.unpack_from("<I", ctypes.string_at(base + descriptor, 64), 52)
@@ -55,7 +58,43 @@ def emulate(launch: Launch) -> None:
     arguments = ctypes.create_string_buffer(explicit + bytes(max(kernarg - len(explicit), 0) + 64))
     threads = launch.kernel.metadata.num_warps * WAVE
     code = base + descriptor + entry
-    run_asm(code, size, *grid, threads, 1, 1, ctypes.addressof(arguments), resources, scratch, "rdna3")
+    emu.run_asm(code, size, *grid, threads, 1, 1, ctypes.addressof(arguments), resources, scratch, "rdna3")
+
+
+def _teach(emu: Any) -> None:
+    """Adds what row sums need and the emulator lacks: two DPP controls (lane n of each row; the lane whose number
+    differs in the bits of n), and that a lane reads what another held before the instruction, also where its result
+    goes into the register it is read from."""
+    if hasattr(emu, "taught"):
+        return
+    emu.taught = True
+    known = emu._dpp16_ctrl
+
+    def control(lane: Any, dpp: int, *rest: Any) -> Any:
+        kind, n = dpp & ~15, dpp & 15
+        if kind not in (_ROW_SHARE, _ROW_XMASK):
+            return known(lane, dpp, *rest)
+        own, enabled, valid = known(lane, _IDENTITY, *rest)
+        return ((own & ~15) + n if kind == _ROW_SHARE else own ^ n), enabled, valid
+
+    def at_once(handler: Any) -> Any:
+        def compile_all_lanes(instruction: Any, context: Any) -> Any:
+            sink, effects = handler(instruction, context), []
+            for effect in sink.src:
+                if effect.op is emu.Ops.END:  # a loop over lanes: instead all lanes' reads, then their writes
+                    body, lane = effect.src
+                    lanes = range(context.wave_size)
+                    effects += [body.substitute({lane: emu.UOp.const(i, lane.dtype)}) for i in lanes]
+                else:
+                    effects.append(effect)
+            return emu.UOp.sink(*effects)
+
+        return compile_all_lanes
+
+    emu._dpp16_ctrl = control
+    for kind, handler in emu._INST_HANDLERS.items():
+        if handler is emu._compile_vop12 and kind.__name__.endswith("DPP16"):
+            emu._INST_HANDLERS[kind] = at_once(handler)
 
 
 def _load(blob: bytes) -> tuple[Any, int, int, int]:

@@ -53,10 +53,16 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str:
     return forced
 
 
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in where x is, or None outside of it (always on devices that have none, as `meta`)."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def in_autocast_type(x: Tensor) -> Tensor:
     """x as autocast has it go into a product; x itself where autocast is off."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(autocast_type(x) or x.dtype)
 
 
 @contextmanager
@@ -81,10 +87,6 @@ def check(name: str) -> None:
         raise MLFSError(f"backend cpp is not available: {reason}")
 
 
-def _is_one_type(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
-
-
 def cpp() -> Any:
     """The compiled extension."""
     import mlfs._cpu as extension
@@ -100,6 +102,10 @@ def why_no_cpp() -> str | None:
     except ImportError as error:
         return f"the extension was not built, or not for this PyTorch ({error}); reinstall with a C++ compiler at hand"
     return None
+
+
+def _is_one_type(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, cpp
+from mlfs.ops.backend import autocast_type, backend_of, cpp
 
 __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
@@ -82,7 +82,7 @@ def add_norm(
     if seed is None and backend == "reference":  # as torch's own modules: a mask that is kept is cheaper here
         x = torch.nn.functional.dropout(x, p)
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
-    if not rms and torch.is_autocast_enabled(x.device.type):  # as autocast does with torch's own
+    if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)

@@ -11,16 +11,11 @@ from tests.emulator import missing
 
 pytestmark = [pytest.mark.emulated, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 ROOT = Path(__file__).resolve().parents[2]
-# Their row sums compile to instructions that the emulator does not know (DPP row_share): once it does, this fails.
-ROW_SUMS = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not emulated: DPP row_share"))
-    for name in ("norm", "distill")
-]
 
 
 @pytest.mark.parametrize("config", [0, 1])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["sliced_linear", "grouped", "decode", *ROW_SUMS])
+@pytest.mark.parametrize("kernel", ["sliced_linear", "grouped", "decode", "norm", "distill"])
 def test_machine_code_gives_what_the_reference_gives(kernel, dtype, config):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"AMDGCN_USE_BUFFER_OPS": "0", "DEV": "CPU"}  # as the emulator needs them

@@ -10,8 +10,10 @@ from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.norm import add_norm, add_norm_reference, layer_norm, rms_norm
 from tests.calls import strided
+from tests.devices import move, on_each_device
 
 EPS = 1e-5
+pytestmark = on_each_device
 OPS = torch.ops.mlfs.add_norm.default, torch.ops.mlfs.add_norm_backward.default
 
 
@@ -56,64 +58,64 @@ def cases(draw, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
     return case((*leading, n), n + draw(st.integers(0, 3)), layout, dtype, *flags, draw(st.integers(0, 2**31)))
 
 
-def agree(given_: dict[str, Tensor | None], rms: bool, tolerance: float, p: float = 0.0) -> None:
-    leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in given_.items()}
+def agree(given_: dict[str, Tensor | None], rms: bool, tolerance: float, device: str, p: float = 0.0) -> None:
+    leaves = {k: None if t is None else move(t, device).requires_grad_() for k, t in given_.items()}
     exact = {k: None if t is None else t.detach().double().requires_grad_() for k, t in given_.items()}
-    seed = torch.tensor([1234567890123]) if p else None
+    seed = torch.tensor([1234567890123], device=device) if p else None
     y, s = add_norm(**leaves, eps=EPS, rms=rms, p=p, seed=seed)
     scaled = dict(exact)
     if p:  # the mask that was drawn
         added = 0 if given_["residual"] is None else given_["residual"].double()
-        kept = ((s.detach().double() - added).abs() > 1e-3 * given_["x"].double().abs()).double()
+        kept = ((s.detach().cpu().double() - added).abs() > 1e-3 * given_["x"].double().abs()).double()
         scaled["x"] = exact["x"] * kept / (1 - p)
     goal, carried = add_norm_reference(**scaled, eps=EPS, rms=rms)
     generator = torch.Generator().manual_seed(1)
     dy, ds = (torch.randn(y.shape, generator=generator) for _ in range(2))
-    ((y.float() * dy).sum() + (s.float() * ds).sum()).backward()
+    ((y.float() * dy.to(device)).sum() + (s.float() * ds.to(device)).sum()).backward()
     ((goal * dy.double()).sum() + (carried * ds.double()).sum()).backward()
     pairs = [(y.detach(), goal.detach()), (s.detach(), carried.detach())]
     pairs += [(leaves[k].grad, exact[k].grad) for k in exact if exact[k] is not None]
     for mine, right in pairs:
         assert mine.shape == right.shape
         largest = max(right.abs().amax().item(), 1.0) if right.numel() else 1.0
-        assert right.numel() == 0 or (mine.double() - right).abs().amax().item() <= tolerance * largest
+        assert right.numel() == 0 or (mine.cpu().double() - right).abs().amax().item() <= tolerance * largest
 
 
 @settings(max_examples=40)
 @given(case=cases(), rms=st.booleans())
 @pytest.mark.parametrize("name", ["reference", "triton"])
-def test_equals_the_formula(name, case, rms):
+def test_equals_the_formula(device, name, case, rms):
     if name == "triton":
         pytest.importorskip("triton")
     with use_backend(name):
-        agree(case, rms, 1e-4)
+        agree(case, rms, 1e-4, device)
 
 
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("shape", [(70, 100), (3, 5000), (1, 1), (33, 64)])
-def test_across_rows_and_widths(backend, shape, rms):
+def test_across_rows_and_widths(device, backend, shape, rms):
     if shape[-1] == 1 and not rms:
         return  # every number is its own mean: the gradient is zero by cancellation alone
-    agree(case(shape, shape[-1], "plain", torch.float32, True, True, not rms, 0), rms, 1e-4)
+    agree(case(shape, shape[-1], "plain", torch.float32, True, True, not rms, 0), rms, 1e-4, device)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("rms", [False, True])
-def test_half_precision(backend, rms, dtype, tolerance):
-    agree(case((20, 48), 50, "plain", dtype, True, True, not rms, 0), rms, tolerance)
+def test_half_precision(device, backend, rms, dtype, tolerance):
+    agree(case((20, 48), 50, "plain", dtype, True, True, not rms, 0), rms, tolerance, device)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rms", [False, True])
-def test_dropout_is_drawn_again_in_the_backward_pass(backend, rms, residual):
-    agree(case((40, 60), 60, "plain", torch.float32, residual, True, not rms, 0), rms, 1e-4, p=0.3)
+def test_dropout_is_drawn_again_in_the_backward_pass(device, backend, rms, residual):
+    agree(case((40, 60), 60, "plain", torch.float32, residual, True, not rms, 0), rms, 1e-4, device, p=0.3)
 
 
-def test_dropout_drops_the_share_asked_for_and_follows_the_seed(backend):
-    x = torch.ones(200, 300)
+def test_dropout_drops_the_share_asked_for_and_follows_the_seed(device, backend):
+    x = torch.ones(200, 300, device=device)
 
     def kept(seed: int, p: float = 0.25) -> Tensor:
-        return add_norm(x, torch.zeros_like(x), None, None, EPS, True, p, torch.tensor([seed]))[1]
+        return add_norm(x, torch.zeros_like(x), None, None, EPS, True, p, torch.tensor([seed], device=device))[1]
 
     first = kept(7)
     assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
@@ -127,14 +129,14 @@ def test_dropout_drops_the_share_asked_for_and_follows_the_seed(backend):
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
-def test_a_probability_outside_its_range_is_refused(p):
+def test_a_probability_outside_its_range_is_refused(device, p):
     with pytest.raises(MLFSError, match="a probability of dropout is at least 0 and below 1"):
         add_norm(torch.ones(2, 3), None, None, None, EPS, True, p)
 
 
-def test_layers_take_the_kernels(backend):
+def test_layers_take_the_kernels(device, backend):
     generator = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(size, generator=generator) for size in ((5, 30), (40,), (40,)))
+    x, w, b = (torch.randn(size, generator=generator).to(device) for size in ((5, 30), (40,), (40,)))
     expected = torch.nn.functional.layer_norm(x, (30,), w[:30], b[:30], EPS)
     torch.testing.assert_close(layer_norm(x, w, b, EPS), expected)
     torch.testing.assert_close(rms_norm(x, w, EPS), torch.nn.functional.rms_norm(x, (30,), w[:30], EPS))
@@ -155,11 +157,11 @@ def test_a_residual_of_a_wider_type_keeps_it(backend, rms):
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("residual", [True, False])
-def test_opcheck(residual, p):
-    given_ = {k: None if t is None else t.requires_grad_() for k, t in
+def test_opcheck(device, residual, p):
+    given_ = {k: None if t is None else move(t, device).requires_grad_() for k, t in
               case((4, 6), 8, "plain", torch.float64, residual, True, True, 0).items()}  # fmt: skip
-    seed = torch.tensor([3]) if p else None
+    seed = torch.tensor([3], device=device) if p else None
     torch.library.opcheck(OPS[0], (*given_.values(), EPS, False, p, seed))
-    dy, ds, s = torch.ones(4, 6).double(), torch.ones(4, 6).double(), torch.randn(4, 6).double()
+    dy, ds, s = (torch.randn(4, 6, device=device).double() for _ in range(3))
     for trains in (True, False):
         torch.library.opcheck(OPS[1], (dy, ds, s, given_["weight"].detach(), EPS, True, p, seed, trains))

@@ -12,6 +12,7 @@ from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from tests.calls import strided
+from tests.devices import move, on_each_device
 
 OPS = torch.ops.mlfs.grouped_sliced_linear.default, torch.ops.mlfs.grouped_sliced_linear_backward.default
 
@@ -31,13 +32,15 @@ class Call:
     def __call__(self, op) -> Tensor:
         return op(*(getattr(self, field.name) for field in fields(self)))
 
-    def leaves(self, dtype: torch.dtype | None = None) -> "Call":
+    def leaves(self, dtype: torch.dtype | None = None, device: str = "cpu") -> "Call":
         """The same arguments as new leaves that want gradients; W and b too where another type is asked for."""
 
-        def leaf(t: Tensor) -> Tensor:
-            return t.detach().to(dtype or t.dtype).requires_grad_()
+        def base(t: Tensor | None) -> Tensor | None:
+            return None if t is None else move(t if dtype is None else t.to(dtype), device)
 
-        base = (lambda t: t) if dtype is None else (lambda t: None if t is None else t.to(dtype))
+        def leaf(t: Tensor) -> Tensor:
+            return move(t.detach().to(dtype or t.dtype), device).requires_grad_()
+
         a, b = [leaf(t) for t in self.lora_a], [leaf(t) for t in self.lora_b]
         return replace(self, x=leaf(self.x), weight=base(self.weight), bias=base(self.bias), lora_a=a, lora_b=b)
 
@@ -84,20 +87,20 @@ def example(dtype: torch.dtype = torch.float64) -> Call:
     return Call(x, weight, strided((10,), "plain", generator, dtype), a, b, [2.0, 0.5], groups)
 
 
-def agree(call: Call, tolerance: float) -> None:
+def agree(call: Call, tolerance: float, device: str = "cpu") -> None:
     """Result and gradients equal those of the reference in float64, relative to each tensor's size."""
-    mine, exact = call.leaves(), call.leaves(torch.float64)
+    mine, exact = call.leaves(device=device), call.leaves(torch.float64)
     y, goal = mine(grouped_sliced_linear), exact(grouped_sliced_linear_reference)
     assert y.dtype == call.x.dtype and y.shape == goal.shape
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    y.backward(dy)
+    y.backward(dy.to(device))
     goal.backward(dy.double()) if goal.requires_grad else None
     pairs = [(y.detach(), goal.detach())]
     for m, e in zip(mine.wanted, exact.wanted, strict=True):
         pairs.append((m.grad, torch.zeros_like(e) if e.grad is None else e.grad))
     for m, e in pairs:
         scale = max(e.abs().amax().item(), 1.0) if e.numel() else 1.0
-        assert e.numel() == 0 or (m.double() - e).abs().amax().item() <= tolerance * scale
+        assert e.numel() == 0 or (m.cpu().double() - e).abs().amax().item() <= tolerance * scale
 
 
 @settings(max_examples=150)
@@ -160,6 +163,7 @@ def test_groups_that_do_not_fit_are_refused(groups):
         replace(example(), groups=groups)(grouped_sliced_linear)
 
 
+@on_each_device
 class TestKernels:
     """The same on Triton's kernels; new memory is NaN until it is written."""
 
@@ -175,20 +179,20 @@ class TestKernels:
 
     @settings(max_examples=40)
     @given(calls(torch.float32))
-    def test_small_and_odd_sizes(self, call):
-        agree(call, 1e-5)
+    def test_small_and_odd_sizes(self, device, call):
+        agree(call, 1e-5, device)
 
     @settings(max_examples=8)
     @given(calls(torch.float32, tokens=80, size=150, rank=9))
-    def test_across_tile_edges(self, call):
-        agree(call, 1e-5)
+    def test_across_tile_edges(self, device, call):
+        agree(call, 1e-5, device)
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
-    def test_half_precision(self, dtype, tolerance):
-        agree(example(dtype), tolerance)
+    def test_half_precision(self, device, dtype, tolerance):
+        agree(example(dtype), tolerance, device)
 
-    def test_what_lies_off_the_slices_is_not_read(self):
-        call = example(torch.float32).leaves()
+    def test_what_lies_off_the_slices_is_not_read(self, device):
+        call = example(torch.float32).leaves(device=device)
         dirty = call.x.detach().clone()
         dirty[5:8, 5:] = float("nan")
         dirty[8:11] = float("inf")
@@ -199,9 +203,9 @@ class TestKernels:
         y.backward(dy)
         assert y.isfinite().all() and all(t.grad.isfinite().all() for t in dirty.wanted)
 
-    def test_two_runs_agree_bit_for_bit(self):
+    def test_two_runs_agree_bit_for_bit(self, device):
         def run() -> list[Tensor]:
-            call = example(torch.float32).leaves()
+            call = example(torch.float32).leaves(device=device)
             y = call(grouped_sliced_linear)
             y.backward(torch.ones_like(y))
             return [y, *(t.grad for t in call.wanted)]

@@ -1,0 +1,104 @@
+"""Tensors beyond 2^31 numbers: of virtual memory, of which only the rows in use are ever written."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
+from mlfs.ops.norm import add_norm_reference
+from mlfs.ops.sliced_linear import sliced_linear_reference
+from tests.devices import on_each_device
+
+pytest.importorskip("triton")
+from mlfs.kernels import decode, grouped, norm, sliced_linear
+
+ROWS, COLUMNS, STRIDE = 40, 48, 2**26
+pytestmark = on_each_device
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch, device) -> Iterator[None]:
+    """The interpreter works on CPU tensors in place, then copies each storage onto itself: gigabytes, for nothing."""
+    if device == "cpu":
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def far(rows: int, columns: int, device: str, seed: int) -> Tensor:
+    """Random numbers (rows, columns) in fp16 whose last row starts beyond 2^31 numbers."""
+    try:
+        t = torch.empty_strided((rows, columns), (STRIDE, 1), dtype=torch.float16, device=device)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        pytest.skip(f"no {rows * STRIDE * 2 >> 30} GB of address space: {error}")
+    assert t.stride(0) * (rows - 1) > 2**31
+    return t.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / 4)
+
+
+def near(*shape: int, device: str, seed: int) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4).to(device)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """The same in float64 on the CPU, as new leaves."""
+    return [t.cpu().double().contiguous().requires_grad_() for t in tensors]
+
+
+def agree(found: list[Tensor], right: list[Tensor]) -> None:
+    for mine, exact in zip(found, right, strict=True):
+        assert (mine.cpu().double() - exact).abs().max() <= 3e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sliced_product(device, transposed):
+    weight = far(ROWS, COLUMNS, device, 0)
+    weight = weight.t() if transposed else weight
+    m, n = weight.shape
+    x, dy, residual = (far(ROWS, k, device, 1 + i) for i, k in enumerate((n, m, m)))
+    a, b = near(4, n, device=device, seed=4), near(m, 4, device=device, seed=5)
+    layer = ([a], [b], [2.0], [0, m])
+    y, h, z = sliced_linear.forward(x, weight, None, *layer, "gelu", None, residual, True)
+    dz, _ = sliced_linear.activation_backward(dy, z, None, "gelu")
+    found = sliced_linear.backward(dz, x, h, weight, *layer, [True], True, n)
+    xd, wd, ad, bd, rd = wide(x, weight, a, b, residual)
+    goal = sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], [0, m], "gelu", None, rd)
+    agree([y, *found], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
+    few = decode.forward(x[24:], weight, None, *layer, "gelu", None, residual[24:])
+    agree([few], [goal[24:]])
+
+
+def test_sliced_product_of_gradients_and_gates_that_far_apart(device):
+    dy, z, operand = (far(ROWS, COLUMNS, device, i) for i in range(3))
+    found = sliced_linear.activation_backward(dy, z, operand, "silu_mul")
+    zd, od = wide(z, operand)
+    right = torch.autograd.grad(torch.nn.functional.silu(zd) * od, (zd, od), dy.cpu().double())
+    agree([t for t in found if t is not None], list(right))
+
+
+def test_several_sizes_in_one_launch(device):
+    weight, x, dy = (far(ROWS, k, device, i) for i, k in enumerate((COLUMNS, COLUMNS, ROWS)))
+    a, b = near(4, COLUMNS, device=device, seed=4), near(ROWS, 4, device=device, seed=5)
+    groups = (Group(0, 20, 48, (0, 40)), Group(20, 19, 31, (3, 15, 30, 10)))
+    y, h = grouped.forward(x, weight, None, [a], [b], [2.0], groups)
+    found = grouped.backward(dy, x, h, weight, [a], [b], [2.0], groups, [True], True)
+    xd, wd, ad, bd = wide(x, weight, a, b)
+    goal = grouped_sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], groups)
+    agree([y, *found], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_norm(device, rms):
+    x, residual, dy, ds = (far(ROWS, COLUMNS, device, i) for i in range(4))
+    weight = near(COLUMNS, device=device, seed=5)
+    y, s = norm.forward(x, residual, weight, None, 1e-5, rms, dtype=torch.float16)
+    dx, _, dw, _ = norm.backward(dy, ds, s, weight, 1e-5, rms, trains=True)
+    xd, rd, wd = wide(x, residual, weight)
+    goal, carried = add_norm_reference(xd, rd, wd, None, 1e-5, rms)
+    total = (goal * dy.cpu().double()).sum() + (carried * ds.cpu().double()).sum()
+    assert dw is not None
+    agree([y, s, dx, dw], [goal, carried, *torch.autograd.grad(total, (xd, wd))])
