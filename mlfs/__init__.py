@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlfs.arguments import MLFSArguments as MLFSArguments
+    from mlfs.blocks import without_padding as without_padding
     from mlfs.elastic import ElasticEmbedding as ElasticEmbedding
     from mlfs.elastic import ElasticLayerNorm as ElasticLayerNorm
     from mlfs.elastic import ElasticLinear as ElasticLinear
@@ -33,6 +34,7 @@ _PLACES = {
     "Subnet": "mlfs.subnet",
     "SuperTransformer": "mlfs.supernet",
     "train_stage": "mlfs.elastic",
+    "without_padding": "mlfs.blocks",
 }
 __all__ = ["__version__", *_PLACES]
 

@@ -18,6 +18,7 @@ from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
 from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, SelfAttention
 from mlfs.ops.attention import packed_attention
 from mlfs.ops.backend import backend_of
+from mlfs.sizes import RowSizes
 
 Forward = Callable[..., Any]
 _KNOWN = {
@@ -141,8 +142,9 @@ _packs: ContextVar[bool] = ContextVar("mlfs_packs", default=False)
 
 @contextmanager
 def without_padding(wanted: bool = True) -> Iterator[None]:
-    """Inside the block encoders whose layers can run without their padding do so; hidden states of layers that are
-    recorded there are (1, tokens, hidden), the tokens of all sequences one after the other."""
+    """Inside the block, on CPUs, encoders (BERT, RoBERTa) run only the tokens that are no padding, where all rows begin
+    with such a one. Their outputs are the same for these tokens, and those of zeros for the padding; hidden states of
+    layers are (1, tokens, hidden), the tokens of all rows one after the other. Trainers do this by themselves."""
     token = _packs.set(wanted)
     try:
         yield
@@ -158,7 +160,7 @@ def packed_encoder(original: Forward) -> Forward:
     """
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        tokens = _tokens(hidden_states, attention_mask) if _may_pack(hidden_states, kwargs) else None
+        tokens = _tokens(hidden_states, attention_mask) if _may_pack(self, hidden_states, kwargs) else None
         if tokens is None:
             return original(self, hidden_states, attention_mask=attention_mask, **kwargs)
         offsets = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
@@ -173,18 +175,19 @@ def packed_encoder(original: Forward) -> Forward:
     return forward
 
 
-def _may_pack(hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
+def _may_pack(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
     return (
         _packs.get()
         and not torch.compiler.is_compiling()
         and backend_of(hidden_states) == "cpp"
         and not any(others.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
+        and not isinstance(encoder._follows[0].sizes, RowSizes)
     )
 
 
 def _tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which tokens count (batch, length), from a mask (batch, 1, any, length) that is the same for every query: True,
-    or 0 to be added. None where it is not."""
+    or 0 to be added. None where it is not, or a row begins with padding."""
     if mask is None:
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool)
     if mask.dim() != 4 or mask.shape[:2] != (hidden_states.shape[0], 1):
@@ -192,4 +195,5 @@ def _tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask.stride(2) and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
         return None
     row = mask[:, 0, 0]
-    return row if row.dtype == torch.bool else row == 0
+    kept = row if row.dtype == torch.bool else row == 0
+    return kept if bool(kept[:, 0].all()) else None  # a head may read the first token, whatever it is

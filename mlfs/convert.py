@@ -62,6 +62,7 @@ def make_elastic(
         encoder = model.base_model.get_submodule(family.encoder)
         packed = packed_encoder(type(encoder).forward)
         encoder.__class__ = _fused_class(type(encoder), packed)  # type: ignore[assignment, arg-type]
+        _follow(encoder, scope, {})
     for i, block in enumerate(layers):
         for path, spec in family.blocks.items():
             part = block.get_submodule(path)

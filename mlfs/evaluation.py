@@ -77,7 +77,7 @@ class PaletteTrainer(Trainer):
                 for key, value in found.items():
                     if isinstance(value, (int, float)):
                         shared.setdefault(key, []).append(float(value))
-                found["latency"] = latency(self.supernet, sample)
+                found["latency"] = latency(self.model, sample)
             found["parameters"] = self.supernet.count_parameters(subnet)
             found["bytes"] = size_on_disk(self.supernet, subnet)
             metrics |= {f"{prefix}_{key}": value for key, value in found.items()}

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from mlfs import extract as extraction
 from mlfs import ordering
-from mlfs.blocks import without_padding
 from mlfs.convert import dimensions, make_elastic
 from mlfs.elastic import Elastic, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, train_stage
 from mlfs.errors import MLFSError
@@ -63,14 +62,8 @@ class SuperTransformer(nn.Module):
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face model's forward pass, under the active subnet.
-
-        On CPUs encoders skip the padding, and give zeros for it, unless states or attentions of layers are asked for.
-        """
-        asked = ("output_hidden_states", "output_attentions")
-        records = any(kwargs.get(name) or getattr(self.model.config, name, False) for name in asked)
-        with without_padding(not records and not isinstance(self._scope.sizes, RowSizes)):
-            return self.model(*args, **kwargs)
+        """The Hugging Face model's forward pass, under the active subnet."""
+        return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
