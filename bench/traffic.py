@@ -98,6 +98,14 @@ def _reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, in
     return {"g": tokens * ranks, "x": tokens * columns}, {"partial": partial}, 2 * tokens * ranks * columns
 
 
+def _thin_reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, columns, ranks, width = a["tokens"], a["columns"], a["ranks"], a["STAGES"] * a["RANK"]
+    reads = {"dz": tokens * columns, "h": tokens * ranks}
+    reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])}
+    writes = {"partial_g": grid[1] * width * tokens, "partial": grid[0] * ranks * columns}
+    return reads, writes, 2 * tokens * columns * (width + ranks)
+
+
 def _finish(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     size = a["rank"] * sum(a[f"l{s}"] for s in range(a["SPANS"]))
     return {"partial": a["parts"] * size}, {"out": size}, 0
@@ -146,6 +154,7 @@ KERNELS: dict[tuple[Any, str], Callable[[Arguments, tuple[int, ...]], tuple[Elem
     (sliced_linear, "_thin"): _thin,
     (sliced_linear, "_product"): _product,
     (sliced_linear, "_reduce"): _reduce,
+    (sliced_linear, "_thin_reduce"): _thin_reduce,
     (sliced_linear, "_finish"): _finish,
     (sliced_linear, "activation_backward_kernel"): _activation_backward,
     (norm, "_forward"): _norm_forward,
@@ -173,7 +182,7 @@ class _Stub:
     def __init__(self, module: Any, name: str, touches: Any, seen: Any) -> None:
         self.kernel, self.touches, self.seen = getattr(module, name), touches, seen
         self.name = f"{module.__name__.rpartition('.')[2]}.{name.lstrip('_').removesuffix('_kernel')}"
-        self.parameters = inspect.signature(self.kernel.fn).parameters
+        self.parameters = list(inspect.signature(self.kernel.fn).parameters)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -183,7 +192,7 @@ class _Stub:
                 {key_of(arguments[name], size): size * arguments[name].itemsize for name, size in numbers.items()}
                 for numbers in touched
             )
-            fp32 = arguments.get("PRECISION") == "ieee" and arguments["x"].itemsize == 4
+            fp32 = arguments.get("PRECISION") == "ieee" and arguments[self.parameters[0]].itemsize == 4
             self.seen(Launch(self.name, reads, writes, flops, fp32), self.kernel, grid, arguments)
 
         return launch

@@ -86,7 +86,7 @@ def test_products_touch_the_bytes_that_are_counted(stages, spans, activation):
         sliced_linear.backward(dz, x, h, *layer, trains, True, n)
         decode.forward(x[:3], layer[0], rand(70), *layer[1:], activation, None if operand is None else operand[:3])
     names = {launch.name.partition(".")[2] for launch in seen}
-    assert names >= {"product", "parts", "sum"} | ({"thin", "reduce", "finish"} if stages else set())
+    assert names >= {"product", "parts", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
