@@ -123,7 +123,8 @@ def forward(
         stages.a = [stages.a[0] * stages.vector[:, None]]
     x, bias = with_rows(x), None if bias is None else bias.contiguous()
     operand, residual = (None if t is None else with_rows(t) for t in (operand, residual))
-    y, column = x.new_empty((tokens, sum(spans[1::2]))), 0
+    kind = x.dtype if residual is None else torch.result_type(x, residual)
+    y, column = x.new_empty((tokens, sum(spans[1::2])), dtype=kind), 0
     if not y.numel():
         return y
     w, (block_k, pipeline) = weight.t(), thin(x.device, max(x.dtype.itemsize, weight.dtype.itemsize))

@@ -122,16 +122,18 @@ def forward(
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s) of 2-d tensors (T, n). s is x itself where nothing is added or dropped. y has `dtype`, or x's.
+    """(y, s) of 2-d tensors (T, n). s is x itself where nothing is added or dropped, else of the wider type of x and
+    residual. y has `dtype`, or that of s.
 
     Args:
         weight, bias: (N,), n ≤ N, contiguous, or None.
         p: probability of dropout. seed: one int64 on the device, needed if p > 0.
     """
     rows, n = x.shape
-    x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype)
     keep = residual is not None or p > 0
-    s = x.new_empty((rows, n)) if keep else x
+    kind = x.dtype if residual is None else torch.result_type(x, residual)
+    x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype or kind)
+    s = x.new_empty((rows, n), dtype=kind) if keep else x
     if x.numel():
         residual = None if residual is None else with_rows(residual)
         block_t, block_c = _blocks(n)

@@ -293,8 +293,8 @@ def forward(
     stages = Stages.pack(lora_a, lora_b, scales)
     x, operand, residual = with_rows(x), _with_rows_or_none(operand), _with_rows_or_none(residual)
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty((tokens, m))
-    pre = torch.empty_like(y) if keep_pre else y.new_empty(0)
+    y = x.new_empty((tokens, m), dtype=x.dtype if residual is None else torch.result_type(x, residual))
+    pre = x.new_empty((tokens, m) if keep_pre else 0)
     h = x.new_empty((tokens, stages.width))
     if y.numel() == 0:
         return y, h, pre

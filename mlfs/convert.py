@@ -1,12 +1,14 @@
 """Makes a Hugging Face model elastic in place, by reading its family's table entry."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from mlfs.blocks import fused_forward
 from mlfs.elastic import Elastic, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
 from mlfs.errors import MLFSError
 from mlfs.families import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm
@@ -57,6 +59,11 @@ def make_elastic(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     for i, block in enumerate(layers):
+        for path, spec in family.blocks.items():
+            part = block.get_submodule(path)
+            if (forward := fused_forward(part, spec)) is None:
+                break
+            part.__class__ = _fused_class(type(part), forward)  # type: ignore[assignment, arg-type]
         _follow(block, scope, {}, layer=i)
         by_owner: dict[str, dict[str, Extent]] = {}
         for path, count in family.sizes.items():
@@ -68,10 +75,11 @@ def make_elastic(
 
 
 def settle(module: nn.Module, sizes: Sizes) -> None:
-    """Undoes, on a copy, what made a module follow the active subnet: its attributes become those under `sizes`."""
-    if isinstance(module, _Following):
+    """Undoes, on a copy, what made a module follow the active subnet or run fused: its class is the one it had, its
+    attributes are those under `sizes`."""
+    while isinstance(module, _Remade):
         original: Any = type(module)._original
-        _, extents, _ = module.__dict__.pop("_follows")
+        _, extents, _ = module.__dict__.pop("_follows", (None, {}, None))
         module.__class__ = original
         for attribute, extent in extents.items():
             setattr(module, attribute, extent(sizes))
@@ -151,14 +159,20 @@ def _count(count: Count, dims: Dimensions, layer: int) -> Extent:
     return Extent(count.axis, dims.head_dim if count.times_head_dim else 1, layer)
 
 
-class _Following:
-    """Mixed into the class of a module whose attributes, or whose running at all, depend on the active subnet.
+class _Remade:
+    """Mixed into the class of a module whose attributes, or whose running at all, depend on the active subnet, or whose
+    forward pass is a fused one.
 
     A subclass made at run time, so that the module stays what it was to everyone else (isinstance, names, hooks) and
     a size is read for the thread that asks.
     """
 
     _original: type[nn.Module]
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    return _subclass(original, {"forward": functools.wraps(original.forward)(forward)})
 
 
 def _follow(module: nn.Module, scope: Scope, extents: dict[str, Extent], layer: int | None = None) -> None:
@@ -178,8 +192,13 @@ def _following_class(original: type[nn.Module], attributes: tuple[str, ...], is_
     namespace: dict[str, Any] = {name: size(name) for name in attributes}
     if is_layer:
         namespace |= {"__call__": _call_or_skip, "forward": _forward_under_its_subnet(original)}
+    return _subclass(original, namespace)
+
+
+def _subclass(original: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
     namespace |= {"_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(original.__name__, (_Following, original), namespace)
+    bases = (original,) if issubclass(original, _Remade) else (_Remade, original)
+    return type(original.__name__, bases, namespace)
 
 
 def _call_or_skip(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

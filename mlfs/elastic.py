@@ -7,7 +7,7 @@ model and binds them to its subnets.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
-from mlfs.ops.norm import layer_norm, rms_norm
-from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
+from mlfs.ops.norm import add_norm
+from mlfs.ops.sliced_linear import finish, sliced_linear, sliced_linear_reference
 from mlfs.sizes import Extent, RowSizes, Scope, Sizes
 
 
@@ -61,14 +61,6 @@ class Elastic(nn.Module):
     def _row_sizes(self) -> RowSizes | None:
         sizes = None if self._scope is None else self._scope.sizes
         return sizes if isinstance(sizes, RowSizes) else None
-
-    def _per_row(self, x: Tensor, rows: RowSizes, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """`norm` over the leading numbers that each row has; zeros after them."""
-        parts = []
-        for start, end, sizes in rows.runs(x.shape[0]):
-            width = self._extents[0](sizes)
-            parts.append(nn.functional.pad(norm(x[start:end, ..., :width]), (0, x.shape[-1] - width)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _size(self, asked: int | None, full: int, what: str) -> int:
         if asked is None:
@@ -145,8 +137,15 @@ class ElasticLinear(Elastic):
                 f"{sum(self._parts)} x {full}"
             )
 
-    def forward(self, x: Tensor, out_features: int | None = None) -> Tensor:
-        """x: (..., n) -> (..., m); see the class."""
+    def forward(
+        self,
+        x: Tensor,
+        out_features: int | None = None,
+        activation: str = "none",
+        operand: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
         if x.shape[-1] > self.in_features:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
         first, live = self.folded_stages, self.live
@@ -156,9 +155,10 @@ class ElasticLinear(Elastic):
         if (rows := self._row_sizes()) is not None and out_features is None:
             grouped = grouped_sliced_linear_reference if trains else grouped_sliced_linear
             flat = x.reshape(-1, x.shape[-1])
-            return grouped(flat, weight, self.bias, *lora, self._groups(x, rows)).view(*x.shape[:-1], -1)
+            y = grouped(flat, weight, self.bias, *lora, self._groups(x, rows)).view(*x.shape[:-1], -1)
+            return finish(y, activation, operand, residual)
         op = sliced_linear_reference if trains else sliced_linear
-        return op(x, weight, self.bias, *lora, self.spans(out_features))
+        return op(x, weight, self.bias, *lora, self.spans(out_features), activation, operand, residual)
 
     def spans(self, out_features: int | None = None) -> list[int]:
         """The rows of W that are read now, as flat (start, length) pairs."""
@@ -288,12 +288,49 @@ class ElasticEmbedding(Elastic):
         return module
 
 
-class ElasticLayerNorm(Elastic):
+class ElasticNorm(Elastic):
+    """What the norms share."""
+
+    eps: float
+    rms: bool
+    statistics: torch.dtype | None = None  # the type they are taken in, where it is not x's or wider
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n)."""
+        return self.after(x)[0]
+
+    def after(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) of s = residual + dropout(x), each (..., n).
+
+        Args:
+            residual: (..., n), or None for nothing.
+            p: probability of dropout.
+        """
+        if self.weight is not None and x.shape[-1] > self.weight.shape[0]:
+            raise MLFSError(f"input of width {x.shape[-1]}, expected at most {self.weight.shape[0]}")
+        if (rows := self._row_sizes()) is None:
+            return self._norm(x, residual, p)
+        x = nn.functional.dropout(x, p)
+        s = x if residual is None else residual + x
+        parts = []  # of each row the leading numbers that it has, zeros after them
+        for start, end, sizes in rows.runs(s.shape[0]):
+            width = self._extents[0](sizes)
+            y, _ = self._norm(s[start:end, ..., :width])
+            parts.append(nn.functional.pad(y, (0, s.shape[-1] - width)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts), s
+
+    def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        return add_norm(x, residual, self.weight, self.bias, self.eps, self.rms, p, statistics=self.statistics)
+
+
+class ElasticLayerNorm(ElasticNorm):
     """LayerNorm over however many numbers the input has, with the leading ones of weight and bias.
 
     >>> ElasticLayerNorm.from_layer_norm(nn.LayerNorm(64))(torch.randn(2, 48)).shape
     torch.Size([2, 48])
     """
+
+    rms = False
 
     def __init__(self, norm: nn.LayerNorm, train_base: bool = False) -> None:
         super().__init__(norm)
@@ -307,13 +344,6 @@ class ElasticLayerNorm(Elastic):
         """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n)."""
-        _check_width(x, self.weight)
-        if (rows := self._row_sizes()) is not None:
-            return self._per_row(x, rows, lambda part: layer_norm(part, self.weight, self.bias, self.eps))
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
     def extract(self, sizes: Sizes) -> nn.Module:
         width = self._extents[0](sizes)
         module = self.plain(
@@ -324,7 +354,7 @@ class ElasticLayerNorm(Elastic):
         return module
 
 
-class ElasticRMSNorm(Elastic):
+class ElasticRMSNorm(ElasticNorm):
     """RMSNorm over however many numbers the input has, with the leading ones of the weight.
 
     Made from torch's nn.RMSNorm or a transformers one (any module with `weight` and `variance_epsilon` or `eps`).
@@ -332,6 +362,8 @@ class ElasticRMSNorm(Elastic):
     >>> ElasticRMSNorm.from_rms_norm(nn.RMSNorm(64, eps=1e-6))(torch.randn(2, 48)).shape
     torch.Size([2, 48])
     """
+
+    rms = True
 
     def __init__(self, norm: nn.Module, train_base: bool = False) -> None:
         super().__init__(norm)
@@ -347,13 +379,6 @@ class ElasticRMSNorm(Elastic):
         """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n)."""
-        _check_width(x, self.weight)
-        if (rows := self._row_sizes()) is not None:
-            return self._per_row(x, rows, lambda part: rms_norm(part, self.weight, self.eps, self.statistics))
-        return rms_norm(x, self.weight, self.eps, self.statistics)
-
     def extract(self, sizes: Sizes) -> nn.Module:
         width = self._extents[0](sizes)
         module = self.plain(weight=self.weight.detach()[:width].clone())
@@ -367,11 +392,6 @@ def train_stage(module: nn.Module, stage: int | None) -> None:
     for layer in module.modules():
         if isinstance(layer, ElasticLinear) and layer.stages:
             layer.train_stage(stage)
-
-
-def _check_width(x: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and x.shape[-1] > weight.shape[0]:
-        raise MLFSError(f"input of width {x.shape[-1]}, expected at most {weight.shape[0]}")
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

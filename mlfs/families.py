@@ -61,6 +61,56 @@ Module = Linear | Embedding | LayerNorm | RMSNorm | Fixed
 
 
 @dataclass(frozen=True)
+class Activated:
+    """A block that is activation(linear(x))."""
+
+    linear: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A block that is dropout(down(activation(up(x)))), with or without the dropout."""
+
+    up: str
+    activation: str
+    down: str
+    dropout: str = ""
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """A block that is down(activation(gate(x)) · up(x))."""
+
+    gate: str
+    activation: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """A block of two inputs, x and residual, that is norm(dropout(linear(x)) + residual)."""
+
+    linear: str
+    dropout: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """A layer that is s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); its mlp is a GatedMLP."""
+
+    norm: str
+    attention: str
+    mlp_norm: str
+    mlp: str
+
+
+Block = Activated | MLP | GatedMLP | AddNorm | PreNorm
+
+
+@dataclass(frozen=True)
 class Family:
     """One entry of the table.
 
@@ -68,6 +118,8 @@ class Family:
         model_type: of the configuration. `when`: configuration values the entry is for.
         layers: name of the list of layers. layer: its modules. outer: those beside it. heads: of the whole model.
         sizes: attributes of modules inside a layer that follow an axis.
+        blocks: parts of a layer ("" is all of it) that compute what a `Block` says, and so run fused; inner ones first.
+            From the first that cannot (an activation that no kernel knows), they run as they are.
         ffn_field: configuration field of the feed-forward size (its other fields have common names).
         head_dim_field: whether the configuration can hold a head size apart from hidden / heads.
         heads_divide_hidden: whether the configuration nevertheless refuses a hidden size that is no multiple of heads.
@@ -81,6 +133,7 @@ class Family:
     outer: Mapping[str, Module]
     heads: Mapping[str, Module]
     sizes: Mapping[str, Count] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
     when: Mapping[str, Any] = field(default_factory=dict)
     ffn_field: str = "intermediate_size"
     head_dim_field: bool = False
@@ -104,6 +157,11 @@ _BERT_LAYER: dict[str, Module] = {
     "output.dense": Linear("ffn", "hidden"),
     "output.LayerNorm": LayerNorm(),
 }
+_BERT_BLOCKS: dict[str, Block] = {
+    "attention.output": AddNorm("dense", "dropout", "LayerNorm"),
+    "output": AddNorm("dense", "dropout", "LayerNorm"),
+    "intermediate": Activated("dense", "intermediate_act_fn"),
+}
 _BERT_OUTER: dict[str, Module] = {
     "embeddings.word_embeddings": Embedding(),
     "embeddings.position_embeddings": Embedding(),
@@ -122,9 +180,14 @@ _LLAMA_LAYER: dict[str, Module] = {
     "mlp.up_proj": Linear("hidden", "ffn"),
     "mlp.down_proj": Linear("ffn", "hidden"),
 }
+_LLAMA_BLOCKS: dict[str, Block] = {
+    "mlp": GatedMLP("gate_proj", "act_fn", "up_proj", "down_proj"),
+    "": PreNorm("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+}
 _LLAMA_OUTER: dict[str, Module] = {"embed_tokens": Embedding(), "norm": RMSNorm()}
 _LLAMA_HEADS: dict[str, Module] = {"lm_head": _to_vocabulary, "score": _task, "qa_outputs": _task}
 _GPT2_OUTER: dict[str, Module] = {"wte": Embedding(), "wpe": Embedding(), "ln_f": LayerNorm()}
+_GPT2_BLOCKS: dict[str, Block] = {"mlp": MLP("c_fc", "act", "c_proj", "dropout")}
 _GPT2_HEADS: dict[str, Module] = _LLAMA_HEADS | {"classifier": _task}
 
 
@@ -147,6 +210,7 @@ def _llama(model_type: str, extra: Mapping[str, Module] | None = None, heads_div
         outer=_LLAMA_OUTER,
         heads=_LLAMA_HEADS,
         sizes={"self_attn.num_key_value_groups": Count("group")},
+        blocks=_LLAMA_BLOCKS,
         head_dim_field=True,
         heads_divide_hidden=heads_divide_hidden,
     )
@@ -157,6 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         "bert",
         layers="encoder.layer",
         layer=_BERT_LAYER,
+        blocks=_BERT_BLOCKS,
         outer=_BERT_OUTER,
         heads={
             "classifier": _task,
@@ -171,6 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         "roberta",
         layers="encoder.layer",
         layer=_BERT_LAYER,
+        blocks=_BERT_BLOCKS,
         outer=_BERT_OUTER,
         heads={
             "classifier": _task,
@@ -215,6 +281,7 @@ FAMILIES: tuple[Family, ...] = (
         "gpt2",
         layers="h",
         layer=_gpt2_layer(Linear("hidden", ("heads", "heads", "heads"))),
+        blocks=_GPT2_BLOCKS,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
         sizes={
@@ -230,6 +297,7 @@ FAMILIES: tuple[Family, ...] = (
         when={"multi_query": True},
         layers="h",
         layer=_gpt2_layer(Linear("hidden", ("heads", "kv_heads", "kv_heads"))),
+        blocks=_GPT2_BLOCKS,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
         sizes={
@@ -245,6 +313,7 @@ FAMILIES: tuple[Family, ...] = (
         when={"multi_query": False},
         layers="h",
         layer=_gpt2_layer(Linear("hidden", "heads", per_head=3)),
+        blocks=_GPT2_BLOCKS,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
         sizes={"attn.num_heads": Count("heads"), "attn.embed_dim": Count("heads", times_head_dim=True)},
@@ -261,6 +330,7 @@ FAMILIES: tuple[Family, ...] = (
             "mlp.dense_h_to_4h": Linear("hidden", "ffn"),
             "mlp.dense_4h_to_h": Linear("ffn", "hidden"),
         },
+        blocks={"mlp": MLP("dense_h_to_4h", "act", "dense_4h_to_h")},
         outer={"embed_in": Embedding(), "final_layer_norm": LayerNorm()},
         heads={
             "lm_head": _to_vocabulary,

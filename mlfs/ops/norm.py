@@ -40,25 +40,15 @@ def add_norm_reference(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation of x (..., n) with the leading n of weight and bias (N,)."""
-    if backend_of(x) == "triton":
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # as autocast does with torch's own
-        return add_norm(x, None, weight, bias, eps, rms=False)[0]
-    return add_norm_reference(x, None, weight, bias, eps, rms=False)[0]
+    return add_norm(x, None, weight, bias, eps, rms=False)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | None = None) -> Tensor:
     """Root-mean-square normalisation of x (..., n) with the leading n of weight (N,).
 
     The scaled x is cast back before it meets the weight, as the Llama family does.
-
-    Args:
-        statistics: the type they are taken in; by default float32, or float64 for float64 x. (The Llama family takes
-            float32 always.)
     """
-    if backend_of(x) == "triton":
-        return add_norm(x, None, weight, None, eps, rms=True)[0]
-    return add_norm_reference(x, None, weight, None, eps, rms=True, statistics=statistics)[0]
+    return add_norm(x, None, weight, None, eps, rms=True, statistics=statistics)[0]
 
 
 def add_norm(
@@ -70,21 +60,29 @@ def add_norm(
     rms: bool,
     p: float = 0.0,
     seed: Tensor | None = None,
+    statistics: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s) of the formula above, in one pass over memory where there are kernels for it.
 
     Args:
-        x, residual: (..., n), floating point; residual may be None.
+        x, residual: (..., n), floating point; residual may be None. s has the wider of their types.
         weight, bias: (N,) or None.
         rms: root-mean-square instead of layer normalisation.
         p: probability of dropout, 0 to below 1. The mask is drawn from `seed` and drawn again in the backward pass.
         seed: one int64 on x's device; by default drawn from torch's generator of that device.
+        statistics: the type that the reference takes them in; by default float32, or float64 for float64 x. (The Llama
+            family takes float32 always.)
 
     Raises:
         MLFSError: p outside its range.
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
+    if seed is None and backend_of(x) == "reference":  # as torch's own modules: a mask that is kept is cheaper here
+        x = torch.nn.functional.dropout(x, p)
+        return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
+    if not rms and torch.is_autocast_enabled(x.device.type):  # as autocast does with torch's own
+        x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
     y, s = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
@@ -108,7 +106,7 @@ def _add_norm(
         from mlfs.kernels import norm as kernels
 
         flat = None if residual is None else residual.reshape(-1, n)
-        kind = _result_type(x, weight, rms)
+        _, kind = _types(x, residual, weight, rms)
         y, s = kernels.forward(x.reshape(-1, n), flat, weight, bias, eps, rms, p, seed, kind)
         return y.view(x.shape), s.view(x.shape) if adds else x.new_empty(0)
     if p:
@@ -119,13 +117,15 @@ def _add_norm(
 
 @_add_norm.register_fake
 def _(x, residual, weight, bias, eps, rms, p, seed):
-    y = x.new_empty(x.shape, dtype=_result_type(x, weight, rms))
-    return y, x.new_empty(x.shape if residual is not None or p else 0)
+    of_s, of_y = _types(x, residual, weight, rms)
+    y = x.new_empty(x.shape, dtype=of_y)
+    return y, x.new_empty(x.shape if residual is not None or p else 0, dtype=of_s)
 
 
-def _result_type(x: Tensor, weight: Tensor | None, rms: bool) -> torch.dtype:
-    """Of y: as torch's layer_norm and the Llama family's product with the weight have it."""
-    return torch.promote_types(x.dtype, weight.dtype) if rms and weight is not None else x.dtype
+def _types(x: Tensor, residual: Tensor | None, weight: Tensor | None, rms: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Of s and y: as torch's layer_norm and the Llama family's product with the weight have them."""
+    kind = x.dtype if residual is None else torch.result_type(x, residual)
+    return kind, torch.promote_types(kind, weight.dtype) if rms and weight is not None else kind
 
 
 @torch.library.custom_op("mlfs::add_norm_backward", mutates_args=())

@@ -49,8 +49,7 @@ def sliced_linear_reference(
     for a, b, c in zip(lora_a, lora_b, scales, strict=True):
         h = torch.nn.functional.linear(x, a[:, :n].to(x.dtype))
         y = y + torch.nn.functional.linear(h, _rows(b, spans).to(x.dtype)) * c
-    y = _activate(y, activation, operand)
-    return y if residual is None else y + residual
+    return finish(y, activation, operand, residual)
 
 
 def sliced_linear(
@@ -77,7 +76,7 @@ def sliced_linear(
         residual: (..., m), added last.
 
     Returns:
-        (..., m) of x's type.
+        (..., m) of x's type; with a residual, of the wider of theirs.
 
     Raises:
         MLFSError: an unknown activation, or an operand where none belongs or none where one does.
@@ -91,19 +90,19 @@ def sliced_linear(
         kind = torch.get_autocast_dtype(x.device.type)
         x = x.to(kind)
         operand = None if operand is None else operand.to(kind)
-        residual = None if residual is None else residual.to(kind)
     leaves = (x, operand, residual, *lora_a, *lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     lists = (list(lora_a), list(lora_b), list(scales), list(spans))
     return _sliced_linear(x, weight, bias, *lists, activation, operand, residual, keep)[0]
 
 
-def _activate(z: Tensor, activation: str, operand: Tensor | None) -> Tensor:
-    if activation == "none":
-        return z
+def finish(z: Tensor, activation: str, operand: Tensor | None, residual: Tensor | None) -> Tensor:
+    """act(z) + residual."""
     if operand is not None:
-        return silu(z) * operand
-    return gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+        z = silu(z) * operand
+    elif activation != "none":
+        z = gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return z if residual is None else z + residual
 
 
 def _activation_backward(
@@ -170,9 +169,7 @@ def _sliced_linear(
         mine.copy_(flat @ a[:, :n].to(x.dtype).t()).mul_(c)
         out.addmm_(mine, _rows(b, spans).to(x.dtype).t())
     z = out if keep and activation != "none" else out.new_empty(0)
-    y = _activate(out, activation, other)
-    if added is not None:
-        y = y + added
+    y = finish(out, activation, other, added)
     return y.view(*x.shape[:-1], m), h if keep else h.new_empty(0), z
 
 
@@ -180,7 +177,9 @@ def _sliced_linear(
 def _(x, weight, bias, lora_a, lora_b, scales, spans, activation, operand, residual, keep):
     m, tokens = sum(spans[1::2]), x.shape[:-1].numel()
     h = x.new_empty((tokens, sum(a.shape[0] for a in lora_a)) if keep else 0)
-    return x.new_empty(*x.shape[:-1], m), h, x.new_empty((tokens, m) if keep and activation != "none" else 0)
+    kind = x.dtype if residual is None else torch.result_type(x, residual)
+    y = x.new_empty(*x.shape[:-1], m, dtype=kind)
+    return y, h, x.new_empty((tokens, m) if keep and activation != "none" else 0)
 
 
 @torch.library.custom_op("mlfs::sliced_linear_backward", mutates_args=())
@@ -286,7 +285,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.trains = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
     ctx.scales, ctx.spans, ctx.stages, ctx.activation = scales, spans, len(lora_a), activation
-    ctx.columns, ctx.has_operand = x.shape[-1], operand is not None
+    ctx.columns, ctx.kind, ctx.has_operand = x.shape[-1], x.dtype, operand is not None
     # x is only needed where an adapter trains: a frozen layer keeps nothing but its weights.
     kept = [x, h] if any(ctx.trains) else []
     kept += [z] if activation != "none" else []
@@ -306,8 +305,8 @@ def _backward(ctx, dy, dh, dz):
     weight, lora_a, lora_b = saved[0], saved[1 : 1 + ctx.stages], saved[1 + ctx.stages :]
     needs_dx = ctx.needs_input_grad[0]
     out = _sliced_linear_backward(
-        dy, x, h, weight, lora_a, lora_b, ctx.scales, ctx.spans, ctx.trains, needs_dx, ctx.columns, ctx.activation, z,
-        operand,
+        dy.to(ctx.kind), x, h, weight, lora_a, lora_b, ctx.scales, ctx.spans, ctx.trains, needs_dx, ctx.columns,
+        ctx.activation, z, operand,
     )  # fmt: skip
     da, db = of_each_stage(ctx.trains, out[2:])
     d_operand = out[1] if operand is not None and ctx.needs_input_grad[8] else None

@@ -141,6 +141,18 @@ def test_layers_take_the_kernels(backend):
     assert rms_norm(x.bfloat16(), w, EPS).dtype == torch.float32  # as the Llama family's product with an fp32 weight
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_a_residual_of_a_wider_type_keeps_it(backend, rms):
+    """As under autocast: a half-precision product is added to a residual stream in fp32."""
+    given_ = case((20, 48), 50, "plain", torch.bfloat16, True, True, not rms, 0)
+    wide = given_ | {k: given_[k].float() for k in ("residual", "weight")}
+    wide["bias"] = None if rms else given_["bias"].float()
+    y, s = add_norm(**wide, eps=EPS, rms=rms)
+    assert y.dtype == s.dtype == torch.float32
+    agree(wide, rms, 1e-2)
+    assert torch.equal(s, wide["x"].float() + wide["residual"])
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("residual", [True, False])
 def test_opcheck(residual, p):

@@ -1,0 +1,160 @@
+"""Fused blocks compute what transformers' own forward passes do, and leave out the passes in between."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlfs.convert
+from mlfs.elastic import ElasticLinear
+from mlfs.ops.backend import use_backend
+from tests.models import CASES, inputs, logits_of, make
+from tests.supernets import distance, elastic, subnets_of
+
+FUSED = ("bert", "roberta", "gpt2", "gpt_bigcode-mqa", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+WHOLLY = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")  # all of a layer but its attention
+# passes that PyTorch makes between the linear layers
+PASSES = ("gelu", "silu", "native_layer_norm", "rsqrt")
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """A function that makes a super-transformer whose blocks all run as transformers wrote them."""
+
+    def make_one(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(mlfs.convert, "fused_forward", lambda module, spec: None)
+            return elastic(*args, **kwargs)
+
+    return make_one
+
+
+def suffix_of(name: str) -> str:
+    return next(s for s in CASES[name].classes if s == "ForSequenceClassification")
+
+
+def run(supernet, subnet, **more) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and gradients of the last stage's adapters."""
+    supernet.train_stage(2)
+    with supernet.activate(subnet):
+        logits = logits_of(supernet(**inputs(), **more))
+        logits.float().square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in supernet.named_parameters() if p.grad is not None}
+    supernet.zero_grad()
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_logits_and_gradients_are_those_of_the_models_own_blocks(name, unfused):
+    mine = elastic(name, suffix_of(name), dtype=torch.float64)
+    theirs = unfused(name, suffix_of(name), dtype=torch.float64)
+    for subnet in subnets_of(name).values():
+        (logits, gradients), (expected, others) = run(mine, subnet), run(theirs, subnet)
+        assert distance(logits, expected) < 1e-12
+        assert gradients.keys() == others.keys()
+        assert len(gradients) > 10
+        for key, gradient in gradients.items():
+            assert distance(gradient, others[key]) < 1e-10, key
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "gpt_neox", "llama", "qwen3"])
+def test_they_run_on_the_kernels_too(name, unfused):
+    pytest.importorskip("triton")
+    mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
+    subnet = subnets_of(name)["per layer, without layer 0"]
+    with use_backend("triton"):
+        logits, gradients = run(mine, subnet)
+    expected, others = run(theirs, subnet)
+    assert distance(logits, expected) < 1e-5
+    for key, gradient in gradients.items():
+        assert distance(gradient, others[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", WHOLLY)
+def test_between_linear_layers_nothing_runs_but_attention(name, unfused):
+    """On kernels, the activation, the residual and the norm make no pass of their own."""
+    pytest.importorskip("triton")
+    mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
+    with use_backend("triton"), torch.no_grad():
+        with Calls() as calls:
+            mine(**inputs())
+        with Calls() as others:
+            theirs(**inputs())
+    # the norms over head_dim are the model's own
+    own = {"rsqrt": 2 * mine.dimensions.layers} if name == "qwen3" else {}
+    assert {key: calls.seen[key] for key in PASSES if calls.seen[key]} == own
+    assert others.seen["add"] - calls.seen["add"] == 2 * mine.dimensions.layers
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [("bert", "hidden_act", "relu"), ("llama", "hidden_act", "gelu")])
+def test_an_activation_no_kernel_knows_runs_as_it_is(name, field, value, monkeypatch, unfused):
+    config = CASES[name].config
+    monkeypatch.setattr(type(CASES[name]), "config", property(lambda self: lambda: changed(config())), raising=False)
+
+    def changed(made):
+        setattr(made, field, value)
+        return made
+
+    subnet = subnets_of(name)["uniform"]
+    mine, theirs = (f(name, suffix_of(name), dtype=torch.float64) for f in (elastic, unfused))
+    assert getattr(mine.config, field) == value
+    assert distance(run(mine, subnet)[0], run(theirs, subnet)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_under_autocast_types_and_numbers_stay(name, unfused):
+    mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
+    subnet, states = subnets_of(name)["uniform"], {"output_hidden_states": True}
+    for backend in ("reference", "triton"):
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16), torch.no_grad(), mine.activate(subnet):
+            out = mine(**inputs(), **states)
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16), torch.no_grad(), theirs.activate(subnet):
+            expected = theirs(**inputs(), **states)
+        for a, b in zip((out.logits, *out.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
+            assert a.dtype == b.dtype
+            assert distance(a.float(), b.float()) < 0.05
+
+
+def test_dropout_of_a_block_is_the_models(unfused):
+    """Without kernels it draws what torch draws; with them, other numbers of the same rate."""
+    mine, theirs = elastic("bert", "ForSequenceClassification"), unfused("bert", "ForSequenceClassification")
+    subnet = subnets_of("bert")["uniform"]
+    outcomes = []
+    for supernet in (mine, theirs):
+        torch.manual_seed(3)
+        outcomes.append(run(supernet.train(), subnet)[0])
+    assert torch.equal(*outcomes)
+    block = mine.layers[0].output
+    block.dropout.p = 0.25
+    ones = torch.ones(200, 40)
+    with use_backend("triton"), torch.no_grad():
+        linear = ElasticLinear.from_linear(torch.nn.Linear(40, 48, bias=False), rank=0)
+        linear.weight.fill_(1 / 40)
+        block.dense, norm = linear, block.LayerNorm
+        norm.weight.fill_(1.0), norm.bias.zero_()
+        # of numbers that are 1 / 0.75 or 0 the smaller ones were dropped
+        dropped = (block(ones, torch.zeros(200, 48)) < 0).float().mean()
+        again = (block(ones, torch.zeros(200, 48)) < 0).float().mean()
+    assert dropped.item() == pytest.approx(0.25, abs=0.02)
+    assert dropped != again
+
+
+def test_an_extracted_model_has_the_models_own_blocks():
+    supernet = elastic("llama", "ForCausalLM")
+    small = supernet.extract(subnets_of("llama")["uniform"])
+    plain = make("llama", "ForCausalLM")
+    for module in small.modules():
+        assert type(module).forward in {type(m).forward for m in plain.modules()}
