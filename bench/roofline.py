@@ -305,7 +305,7 @@ def _kind(name: str) -> str:
     module, _, kernel = name.partition(".")
     if kernel in ("product", "parts", "sum", "mm", "addmm") or name.partition(" ")[0] in ("qkv", "out", "up", "down"):
         return "products"
-    if kernel in ("reduce", "finish"):
+    if kernel in ("reduce", "thin_reduce", "finish"):
         return "adapter gradients"
     if "norm" in name:
         return "norms"
