@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.path import Path as Line
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "bench" / "results" / "palette_quality.json"
@@ -17,6 +18,7 @@ BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#dfe7f0"
 
 def main() -> None:
     how_it_works(HERE / "how_it_works.png")
+    kernels(HERE / "kernels.png")
     if RESULTS.exists():
         palette(json.loads(RESULTS.read_text()), HERE / "palette.png")
 
@@ -46,18 +48,93 @@ def palette(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+class Drawing:
+    """An empty picture, 18 units wide: boxes, words and arrows go on it."""
+
+    def __init__(self, height: float) -> None:
+        self.figure, self.axes = plt.subplots(figsize=(9, height / 2), layout="constrained")
+        self.axes.set(xlim=(0, 18), ylim=(0, height))
+        self.axes.axis("off")
+
+    def box(self, x: float, y: float, w: float, h: float, color: str, **more: Any) -> None:
+        style = {"facecolor": color, "edgecolor": GREY, "linewidth": 0.8} | more
+        self.axes.add_patch(Rectangle((x, y), w, h, **style))
+
+    def text(self, x: float, y: float, words: str, **more: Any) -> None:
+        self.axes.text(x, y, words, **({"ha": "center", "va": "center", "fontsize": 9, "color": "#222222"} | more))
+
+    def arrow(self, points: list[tuple[float, float]], color: str = GREY) -> None:
+        self.axes.add_patch(FancyArrowPatch(path=Line(points), arrowstyle="->", mutation_scale=12, color=color))
+
+    def save(self, path: Path) -> None:
+        self.figure.savefig(path, dpi=150)
+        plt.close(self.figure)
+
+
+def kernels(path: Path) -> None:
+    """[x | h] · [W | B]ᵀ: the adapters are one more step of the product's loop."""
+    drawing = Drawing(8.2)
+    box, text, arrow = drawing.box, drawing.text, drawing.arrow
+    steps, left, low, top = 5, 0.3, 0.9, 7.6
+    n, r, t, m = 4.6, 0.55, 2.2, 4.2  # columns of x, ranks, tokens, columns of y
+    h_left, y_left, w_low = left + n + 0.12, 7.7, top - 3.7
+    b_low = w_low - 0.12 - r
+    row, column, tile_t, tile_m = low + 0.75, y_left + 1.4, 0.7, 1.1
+
+    box(left, low, n, t, LIGHT)
+    box(h_left, low, r, t, "#fbe9d5")
+    box(h_left, w_low, r, top - w_low, "#fbe9d5")
+    box(y_left, w_low, m, top - w_low, LIGHT)
+    box(y_left, b_low, m, r, "#fbe9d5")
+    box(y_left, low, m, t, "white")
+    for i in range(steps):
+        across, down = n / steps, (top - w_low) / steps
+        box(left + i * across, row, across, tile_t, BLUE, alpha=0.55)
+        text(left + (i + 0.5) * across, row + tile_t / 2, str(i + 1), color="white")
+        box(column, top - (i + 1) * down, tile_m, down, BLUE, alpha=0.55)
+        text(column + tile_m / 2, top - (i + 0.5) * down, str(i + 1), color="white")
+    box(h_left, row, r, tile_t, ORANGE, alpha=0.85)
+    box(column, b_low, tile_m, r, ORANGE, alpha=0.85)
+    text(h_left + r / 2, row + tile_t / 2, "6", color="white")
+    text(column + tile_m / 2, b_low + r / 2, "6", color="white")
+    box(column, row, tile_m, tile_t, GREY)
+    text(column + tile_m / 2, row + tile_t / 2, "sum", color="white", fontsize=8)
+
+    for x, y, words in (
+        (left + n / 2, low - 0.35, "x  (tokens × n)"),
+        (h_left + r / 2, low - 0.35, "h"),
+        (h_left + r / 2, top + 0.3, "Aᵀ"),
+        (y_left + m / 2, top + 0.3, "Wᵀ  (n × m, frozen)"),
+        (y_left + m / 2, low - 0.35, "y  (tokens × m)"),
+        (y_left - 0.4, b_low + r / 2, "Bᵀ"),
+    ):
+        text(x, y, words)
+
+    for y, title, words in (
+        (7.3, "First launch", "h = c · x Aᵀ: the rank's 8 numbers\nfor each token"),
+        (5.4, "Second launch", "1 to 5: x Wᵀ, a plain product's loop\n6: h Bᵀ, added to the same sum"),
+    ):
+        text(left, y, title, ha="left", fontweight="bold")
+        text(left, y - 0.75, words, ha="left", fontsize=8.5, color=GREY)
+    arrow([(h_left + r / 2, w_low - 0.05), (h_left + r / 2, low + t + 0.05)], ORANGE)
+
+    height = 0.62
+    text(15.5, 6.5, "Epilogue, in registers", fontweight="bold")
+    for i, words in enumerate(("+ bias", "activation", "+ residual", "y is written, once")):
+        y = 5.4 - 1.05 * i
+        box(13.6, y, 3.8, height, "white" if i < 3 else LIGHT)
+        text(15.5, y + height / 2, words)
+        if i:
+            arrow([(15.5, y + 1.05), (15.5, y + height)])
+    middle = row + tile_t / 2
+    arrow([(column + tile_m, middle), (12.7, middle), (12.7, 5.4 + height / 2), (13.6, 5.4 + height / 2)])
+    drawing.save(path)
+
+
 def how_it_works(path: Path) -> None:
     """One frozen matrix, three low-rank stages; a subnet reads the leading rows and columns of all of them."""
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    axes.set(xlim=(0, 18), ylim=(0, 7.2))
-    axes.axis("off")
-
-    def box(x: float, y: float, w: float, h: float, color: str, **more: Any) -> None:
-        axes.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor=GREY, linewidth=0.8, **more))
-
-    def text(x: float, y: float, words: str, **more: Any) -> None:
-        axes.text(x, y, words, **({"ha": "center", "va": "center", "fontsize": 9, "color": "#222222"} | more))
-
+    drawing = Drawing(7.2)
+    box, text = drawing.box, drawing.text
     box(0.4, 1.4, 4.2, 4.2, LIGHT)
     box(0.4, 2.8, 2.8, 2.8, BLUE, alpha=0.55)
     text(1.8, 4.2, "W[:m, :n]", color="white", fontsize=10)
@@ -76,10 +153,9 @@ def how_it_works(path: Path) -> None:
         text(x + 1.85, 4.8, f"A{stage}[:, :n]", fontsize=8)
         text(x + 1.5, 6.1, f"stage {stage}")
         text(x + 1.9, 3.4, what, fontsize=8, color=GREY)
-    axes.add_patch(FancyArrowPatch((6.1, 0.45), (17.2, 0.45), arrowstyle="->", mutation_scale=12, color=GREY))
+    drawing.arrow([(6.1, 0.45), (17.2, 0.45)])
     text(11.6, 0.1, "training: the stage at hand learns, earlier ones are frozen", fontsize=8, color=GREY)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    drawing.save(path)
 
 
 if __name__ == "__main__":

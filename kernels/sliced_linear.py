@@ -2,8 +2,9 @@
 
 Forward, two launches: `_thin` makes h (tokens, R), the c_s · x A_sᵀ of all stages side by side; `_product` makes
 [x | h] · [W | B]ᵀ: the adapters are one more step of the loop over W's columns, into the same accumulator, so the loop
-itself is that of a plain product. Backward: the same two kernels with W, A and B read the other way give dx; `_reduce`
-and `_finish` give dA and dB, over chunks of tokens that are added up in a fixed order. W is only ever read.
+itself is that of a plain product. Backward: `_product` with W, A and B read the other way gives dx, from g, the c_s ·
+dz B_s side by side. `_thin_reduce` makes g and dB in one pass over dz, `_reduce` makes dA: sums over some tokens each,
+which `_finish` adds up in a fixed order. W is only ever read.
 
 Names: tokens T, depth K (what a product sums over), columns C (of its result). Spans of W's rows are the columns of the
 forward product and the depth of the backward one.
@@ -211,6 +212,43 @@ def _reduce(
 
 
 @triton.jit
+def _thin_reduce(
+    dz, h, p0, p1, p2, partial_g, partial, tokens, columns, ranks, tiles, per_split, dz_t, h_t, p_k, c0, c1, c2,
+    s0, l0, s1, l1, s2, l2,
+    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`_thin` of dz over some column tiles and `_reduce` of it over some tokens, from one pass over dz:
+
+    partial_g[j, q, t] = c_s · Σ_c dz[t, c] · P_s[row(c), r]    over the j-th of the column tiles' splits
+    partial[i, q, c]   = Σ_t h[t, q] · dz[t, c]                 over the i-th BLOCK_T tokens
+    """
+    part, split = tl.program_id(0), tl.program_id(1)
+    t = part * BLOCK_T + tl.arange(0, BLOCK_T)
+    q = tl.arange(0, BLOCK_R)
+    in_rows, in_stages, in_ranks = t < tokens, q < STAGES * RANK, q < ranks
+    t64 = t.to(tl.int64)
+    hs = tl.load(h + t64[None, :] * h_t + q[:, None], mask=in_ranks[:, None] & in_rows[None, :], other=0.0)
+    ps = (stage_of(q, p0, p1, p2, RANK, STAGES) + q % RANK)[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for tile in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
+        start, length, offset, within = span_of(tile, s0, l0, s1, l1, s2, l2, SPANS, BLOCK_C)
+        c = within * BLOCK_C + tl.arange(0, BLOCK_C)
+        in_columns, column = c < length, offset + c
+        d = tl.load(dz + t64[:, None] * dz_t + column[None, :], mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+        p = tl.load(
+            ps + (start + c).to(tl.int64)[:, None] * p_k, mask=in_columns[:, None] & in_stages[None, :], other=0.0
+        )
+        acc = dot(d, p, acc, PRECISION)
+        sums = dot(hs, d, tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
+        out = (part.to(tl.int64) * ranks + q)[:, None] * columns + column[None, :]
+        tl.store(partial + out, sums, mask=in_ranks[:, None] & in_columns[None, :])
+    acc *= stage_of(q, c0, c1, c2, RANK, STAGES)
+    out = (split.to(tl.int64) * STAGES * RANK + q)[None, :] * tokens + t64[:, None]
+    tl.store(partial_g + out, acc, mask=in_rows[:, None] & in_stages[None, :])
+
+
+@triton.jit
 def _finish(
     partial, out, parts, first, rank, ranks, columns, out_q, out_c, s0, l0, s1, l1, s2, l2, SPANS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -301,15 +339,15 @@ def backward(
         rows = torch.cat([torch.arange(a, a + k, device=dz.device) for a, k in pairs_of(spans)])
         weight, read = weight[:, :n].index_select(0, rows), [0, dz.shape[1]]
         stages = stages.read_rows(rows)
-    if needs_dx or any(trains):
-        _launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
-    if needs_dx:
-        _launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
     if any(trains):
         assert x is not None and h is not None
         ranks, starts = trained_ranks(lora_a, trains)
+        if _in_one_pass(dz, stages):
+            partial_b = _launch_thin_reduce(dz, h[:, ranks], g, stages, read)
+        else:
+            _launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
+            partial_b = launch_reduce(h[:, ranks], dz)
         partial_a = launch_reduce(g[:, ranks], with_rows(x))
-        partial_b = launch_reduce(h[:, ranks], dz)
         goals = iter(gradients)
         for s, train in enumerate(trains):
             if train:
@@ -320,6 +358,10 @@ def backward(
                     width = sum(some[1::2])
                     launch_finish(partial_b[:, :, column : column + width], goal, place, rank, some, transposed=True)
                     column += width
+    elif needs_dx:
+        _launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
+    if needs_dx:
+        _launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
     return [dx, *gradients]
 
 
@@ -429,6 +471,35 @@ def _launch_product(
         epilogue = activation != "none" or residual is not None
         config = choose("product", architecture(x.device), shape, kinds, run, epilogue)
     run(config)
+
+
+def _in_one_pass(dz: Tensor, stages: Stages) -> bool:
+    """Whether `_thin_reduce` is for them: more or wider numbers spill, and gfx1100 would gather its tile from shared
+    memory in 16-bit loads."""
+    return dz.dtype.itemsize == 2 and stages.block_r <= 32 and architecture(dz.device) != "gfx1100"
+
+
+def _launch_thin_reduce(dz: Tensor, h: Tensor, g: Tensor, stages: Stages, spans: Sequence[int]) -> Tensor:
+    """Fills g (T, R), the c_s · dz B_s side by side; returns (parts, R', m): h (T, R')ᵀ · dz over a tile of tokens."""
+    tokens, columns = dz.shape
+    most, warps = (64, 4) if architecture(dz.device) == "gfx942" else (128, 8)  # a larger tile spills there
+    block_t, block_c = min(most, max(16, triton.next_power_of_2(tokens))), 32
+    parts = triton.cdiv(tokens, block_t)
+    tiles = sum(triton.cdiv(length, block_c) for length in spans[1::2])
+    per_split = triton.cdiv(tiles, max(1, min(tiles, 128 // parts)))
+    splits = triton.cdiv(tiles, per_split)
+    partial_g = torch.empty((splits, stages.width, tokens), dtype=torch.float32, device=dz.device)
+    partial = torch.empty((parts, h.shape[1], columns), dtype=torch.float32, device=dz.device)
+    _thin_reduce[(parts, splits)](
+        dz, h, *stages.three(stages.b, dz), partial_g, partial, tokens, columns, h.shape[1], tiles, per_split,
+        dz.stride(0), h.stride(0), stages.b[0].stride(0), *(stages.scales + [0.0] * 3)[:3], *six(spans),
+        STAGES=stages.count, RANK=stages.rank, SPANS=len(spans) // 2, PRECISION=precision_of(dz), BLOCK_T=block_t,
+        BLOCK_C=block_c, BLOCK_R=stages.block_r, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    launch_finish(partial_g, g, 0, stages.width, [0, tokens], transposed=True)
+    if stages.vector is not None:
+        g.mul_(stages.vector)
+    return partial
 
 
 def launch_reduce(g: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,199 @@
+"""What a subnet's pass moves and multiplies at least: a launch for each group of products, attention and norm.
+
+A tensor that passes between these is written once, and read once by each that needs it. Products of one input (query,
+key and value; gate and up) read it together. What is a function of single numbers is applied as they are read or before
+they are written (activations, residual sums, rotary embeddings): of a feed-forward block only the numbers before the
+activation pass, to the backward pass too. Low-rank products are made again where that needs no further tensor. Each
+weight and each adapter is read once by each pass. No program moves less that keeps these tensors in memory.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from bench.traffic import Launch
+from mlfs import Subnet, SuperTransformer
+from mlfs.distillation import has_final_norm
+from mlfs.elastic import ElasticLinear
+from mlfs.families import Embedding, LayerNorm, Linear
+
+BF16, FP32 = 2, 4
+Tensor = tuple[str, int]  # name, and numbers that each token has
+
+
+@dataclass(frozen=True)
+class Products:
+    """Linear layers that read one input: (n, m) of each, how many numbers their biases have, the adapters' rank."""
+
+    shapes: tuple[tuple[int, int], ...]
+    biases: int
+    rank: int
+
+    @property
+    def adapters(self) -> int:
+        """Bytes, of their gradients too."""
+        return sum(self.rank * (n + m) for n, m in self.shapes) * FP32
+
+    def bytes(self, name: str) -> dict[str, int]:
+        weights = (sum(n * m for n, m in self.shapes) + self.biases) * BF16
+        return {f"W {name}": weights, f"adapters {name}": self.adapters}
+
+    @property
+    def writes(self) -> int:
+        return sum(m for _, m in self.shapes)
+
+    def forward_flops(self, tokens: int) -> int:
+        return 2 * tokens * sum(n * m + self.rank * (n + m) for n, m in self.shapes)
+
+    def backward_flops(self, tokens: int, needs_dx: bool) -> int:
+        """g = dy · B, dB and dA; if dx is needed, dy · W and g · A."""
+        low = sum(self.rank * (2 * m + (2 if needs_dx else 1) * n) for n, m in self.shapes)
+        return 2 * tokens * (low + (sum(n * m for n, m in self.shapes) if needs_dx else 0))
+
+
+class LowerBound:
+    """The launches of a pass of `subnet`.
+
+    Args:
+        batch, length: of the tokens that run. past: how many are in the key-value cache before them.
+        rank: of a linear layer's adapters, all that are read together.
+    """
+
+    def __init__(
+        self, supernet: SuperTransformer, subnet: Subnet, batch: int, length: int, rank: int, past: int = 0
+    ) -> None:
+        self.supernet, self.sizes, self.rank = supernet, supernet.sizes(subnet), rank
+        self.tokens, self.length, self.past = batch * length, length, past
+        self.hidden = subnet.hidden
+        self.pre_norm = has_final_norm(supernet.family)  # else norms follow the sums, as in BERT
+        self.heads = [self.sizes.of_layer["heads"][i] for i in subnet.layers]
+        self.layers = [self._products(i) for i in subnet.layers]
+        norms = supernet.family.layer.values()
+        self.norm_weight = self.hidden * BF16 * (2 if any(isinstance(spec, LayerNorm) for spec in norms) else 1)
+
+    def forward(self) -> Iterator[Launch]:
+        """From the tokens to the last hidden state, which the head reads."""
+        tables = sum(isinstance(spec, Embedding) for spec in self.supernet.family.outer.values())
+        rows = {"tokens": self.tokens} | ({"positions": self.length} if tables > 1 else {})
+        first, last = ("s0", self.hidden), (f"s{len(self.layers)}", self.hidden)
+        summed = first if self.pre_norm else ("n", self.hidden)
+        yield Launch(
+            "embedding", {name: count * self.hidden * BF16 for name, count in rows.items()}, self._bytes([summed])
+        )
+        if not self.pre_norm:
+            yield self._norm([summed], first)
+        for j in range(len(self.layers)):
+            t = self._tensors(j)
+            if self.pre_norm:
+                yield self._norm([t["s"]], t["a"])
+            yield self._product("qkv", j, [t["a"]], t["qkv"])
+            yield self._attention(j, t)
+            yield self._product("out", j, [t["o"], t["s"]], t["m"])
+            yield self._norm([t["m"]], t["c"])
+            yield self._product("up", j, [t["c"]], t["z"])
+            yield self._product("down", j, [t["z"], t["m" if self.pre_norm else "c"]], t["n"])
+            if not self.pre_norm:
+                yield self._norm([t["n"]], t["next"])
+        if self.pre_norm:
+            yield self._norm([last], ("y", self.hidden))
+
+    def head(self) -> Launch:
+        """Logits of one token."""
+        words = self.supernet.model.get_output_embeddings().weight.shape[0]
+        reads = self._bytes([("y", self.hidden)]) | {"head": words * self.hidden * BF16}
+        return Launch("head", reads, {"logits": words * BF16}, 2 * words * self.hidden)
+
+    def backward(self) -> Iterator[Launch]:
+        """From the last hidden state's gradient to those of all adapters; embeddings and norms are frozen."""
+        if self.pre_norm:
+            last = f"s{len(self.layers)}"
+            yield self._norm([("dy", self.hidden), (last, self.hidden)], (f"d{last}", self.hidden))
+        for j in reversed(range(len(self.layers))):
+            t = self._tensors(j)
+            if not self.pre_norm:
+                yield self._norm([t["dnext"], t["n"]], t["dn"])
+            after = [t["dn"]]  # of the sum that the layer ends with: goes on through `down` and around it
+            around_norm, around_block = (after, []) if self.pre_norm else ([], after)
+            yield self._product_backward("down", j, [*after, t["z"]], t["dz"])
+            yield self._product_backward("up", j, [t["dz"], t["c"], *around_block], t["dc"])
+            yield self._norm([t["dc"], t["m"], *around_norm], t["dm"])
+            yield self._product_backward("out", j, [t["dm"], t["o"]], t["do"])
+            yield self._attention_backward(j, t)
+            if j == 0:  # nothing before it trains
+                yield self._product_backward("qkv", j, [t["dqkv"], t["a"]], None)
+            elif self.pre_norm:
+                yield self._product_backward("qkv", j, [t["dqkv"], t["a"]], t["da"])
+                yield self._norm([t["da"], t["s"], t["dm"]], t["ds"])
+            else:
+                yield self._product_backward("qkv", j, [t["dqkv"], t["a"], t["dm"]], t["ds"])
+
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    def _products(self, i: int) -> dict[str, Products]:
+        """The linear layers of layer i, by what they read and write."""
+        groups: dict[str, list[ElasticLinear]] = {"qkv": [], "out": [], "up": [], "down": []}
+        for name, spec in self.supernet.family.layer.items():
+            module = self.supernet.layers[i].get_submodule(name)
+            if isinstance(spec, Linear) and isinstance(module, ElasticLinear):
+                inner = {"heads": "out", "ffn": "down"}
+                groups[inner.get(str(spec.reads), "up" if spec.writes == "ffn" else "qkv")].append(module)
+        return {
+            role: Products(
+                tuple(module.read_sizes(self.sizes) for module in group),
+                sum(module.read_sizes(self.sizes)[1] for module in group if module.bias is not None),
+                self.rank,
+            )
+            for role, group in groups.items()
+        }
+
+    def _tensors(self, j: int) -> dict[str, Tensor]:
+        """Those of the j-th layer: s goes in; a is what query, key and value read (s, or its norm); m is s + attention,
+        c its norm, z the feed-forward block before its activation; n is the sum it ends with; next goes into the next
+        layer. Gradients have a d before the name."""
+        layer, hidden = self.layers[j], self.hidden
+        widths = {"s": hidden, "qkv": layer["qkv"].writes, "o": layer["out"].shapes[0][0], "m": hidden, "c": hidden}
+        widths |= {"z": layer["up"].writes}
+        own = {name: (f"{name}{j}", width) for name, width in widths.items()}
+        own["next"] = (f"s{j + 1}", hidden)
+        own["a"] = (f"a{j}", hidden) if self.pre_norm else own["s"]
+        own["n"] = own["next"] if self.pre_norm else (f"n{j}", hidden)
+        return own | {f"d{key}": (f"d{name}", width) for key, (name, width) in own.items()}
+
+    def _bytes(self, tensors: Iterable[Tensor]) -> dict[str, int]:
+        return {name: self.tokens * width * BF16 for name, width in tensors}
+
+    def _norm(self, reads: list[Tensor], writes: Tensor) -> Launch:
+        return Launch("norm", self._bytes(reads) | {f"norm {writes[0]}": self.norm_weight}, self._bytes([writes]))
+
+    def _product(self, role: str, j: int, reads: list[Tensor], writes: Tensor) -> Launch:
+        group = self.layers[j][role]
+        flops = group.forward_flops(self.tokens)
+        return Launch(role, self._bytes(reads) | group.bytes(f"{role}{j}"), self._bytes([writes]), flops)
+
+    def _product_backward(self, role: str, j: int, reads: list[Tensor], writes: Tensor | None) -> Launch:
+        group, needs_dx = self.layers[j][role], writes is not None
+        weights = group.bytes(f"{role}{j}")
+        weights = weights if needs_dx else {name: size for name, size in weights.items() if not name.startswith("W")}
+        written = self._bytes([writes] if writes else []) | {f"gradients {role}{j}": group.adapters}
+        flops = group.backward_flops(self.tokens, needs_dx)
+        return Launch(f"{role} backward", self._bytes(reads) | weights, written, flops)
+
+    def _attention(self, j: int, t: dict[str, Tensor]) -> Launch:
+        reads, writes = self._bytes([t["qkv"]]), self._bytes([t["o"]])
+        row = (t["qkv"][1] - t["o"][1]) * BF16  # a token's keys and values
+        if self.past:
+            reads, writes = reads | {f"cache{j}": self.past * row}, writes | {f"cache{j}": self.tokens * row}
+        else:
+            writes |= self._logsumexp(j)
+        return Launch("attention", reads, writes, self._attention_flops(t))
+
+    def _attention_backward(self, j: int, t: dict[str, Tensor]) -> Launch:
+        """Five products where the forward pass has two: its scores are made again."""
+        reads = self._bytes([t["qkv"], t["o"], t["do"]]) | self._logsumexp(j)
+        return Launch("attention backward", reads, self._bytes([t["dqkv"]]), self._attention_flops(t) * 5 // 2)
+
+    def _attention_flops(self, t: dict[str, Tensor]) -> int:
+        causal = self.pre_norm and not self.past
+        return 4 * self.tokens * (self.past + self.length) * t["o"][1] // (2 if causal else 1)
+
+    def _logsumexp(self, j: int) -> dict[str, int]:
+        return {f"logsumexp{j}": self.tokens * self.heads[j] * FP32}
