@@ -152,6 +152,17 @@ def without_padding(wanted: bool = True) -> Iterator[None]:
         _packs.reset(token)
 
 
+def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
+    """Whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which heads take
+    from the first token, or are ignored where there is padding."""
+    labels, attention = inputs.get("labels"), inputs.get("attention_mask")
+    if labels is None or labels.device.type != "cpu":
+        return False
+    if attention is None or labels.shape != attention.shape:
+        return True
+    return bool((labels[attention == 0] == -100).all())
+
+
 @functools.cache
 def packed_encoder(original: Forward) -> Forward:
     """The forward pass of an encoder that packs its sequences, runs its layers, and puts the padding back as zeros.
@@ -177,8 +188,8 @@ def packed_encoder(original: Forward) -> Forward:
 
 def _may_pack(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
     return (
-        _packs.get()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # which cannot trace a context variable
+        and _packs.get()
         and backend_of(hidden_states) == "cpp"
         and not any(others.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
         and not isinstance(encoder._follows[0].sizes, RowSizes)

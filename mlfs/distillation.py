@@ -96,10 +96,19 @@ class Distiller(nn.Module):
             if not self.betas[layer] or (self.final_norm and last and layer != self.layers - 1):
                 continue
             mine, goal = student["hidden_states"][i + 1], teacher["hidden_states"][layer + 1]
+            if mine.shape[:-1] != goal.shape[:-1]:  # the last state of a model that ran without padding has it again
+                mine, goal = (_without_padding(states, attention) for states in (mine, goal))
             mask = attention if attention is not None and attention.shape == mine.shape[:-1] else None
             feature = feature + self.betas[layer] * feature_distance(mine, goal, self.projections[layer], mask)
         feature = share * feature
         return loss + feature, {**parts, "feature": feature.detach()}
+
+
+def _without_padding(states: Tensor, attention: Tensor | None) -> Tensor:
+    """(1, tokens, n) of states (batch, length, n); of states that are so already, themselves."""
+    if attention is not None and states.shape[:-1] == attention.shape:
+        return states[attention.bool()].unsqueeze(0)
+    return states.flatten(0, 1).unsqueeze(0)
 
 
 def output_divergence(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Trainer
 
 from mlfs.arguments import MLFSArguments
-from mlfs.blocks import without_padding
+from mlfs.blocks import reads_no_padding, without_padding
 from mlfs.errors import MLFSError
 from mlfs.palette import latency, size_on_disk
 from mlfs.subnet import Subnet
@@ -37,10 +37,10 @@ class PaletteTrainer(Trainer):
             supernet.space.check(subnet)
         super().__init__(model=supernet.model, args=args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; encoders skip the padding, where they can."""
-        with without_padding():
-            return super().prediction_step(*args, **kwargs)
+        with without_padding(reads_no_padding(inputs)):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
         """What `evaluate` runs: the palette."""

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mlfs.arguments import MLFSArguments
-from mlfs.blocks import without_padding
+from mlfs.blocks import reads_no_padding, without_padding
 from mlfs.deferral import HEAD_INPUT, vocabulary_head, without_logits
 from mlfs.distillation import Distiller, detached, has_final_norm
 from mlfs.elastic import ElasticLinear
@@ -88,14 +88,14 @@ class SubnetTrainer(PaletteTrainer):
         num_items_in_batch: Tensor | int | None,
     ) -> list[Tensor]:
         """Forward and backward passes of one subnet after the other; their losses, detached."""
-        teacher, losses, head = None, [], self._head_to_defer(inputs)
+        teacher, losses, head, packs = None, [], self._head_to_defer(inputs), reads_no_padding(inputs)
         for subnet, weight in zip(subnets, weights, strict=True):
             batch = dict(inputs)
             if len(subnets) > 1 and self.distiller.uses_features:
                 batch["output_hidden_states"] = True
             # the backward pass may recompute: it stays inside
             with self.supernet.activate(subnet):
-                with self.compute_loss_context_manager(), without_padding():
+                with self.compute_loss_context_manager(), without_padding(packs):
                     if head is None:
                         task, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
                     else:

@@ -7,11 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlfs.convert
-from mlfs.blocks import without_padding
+from mlfs import SearchSpace, SuperTransformer
+from mlfs.blocks import reads_no_padding, without_padding
 from mlfs.elastic import ElasticLinear
 from mlfs.ops.backend import use_backend
 from tests.models import CASES, inputs, logits_of, make
-from tests.supernets import distance, elastic, subnets_of
+from tests.supernets import distance, elastic, perturb, subnets_of
 
 FUSED = ("bert", "roberta", "gpt2", "gpt_bigcode-mqa", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 WHOLLY = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")  # all of a layer but its attention
@@ -136,7 +137,8 @@ def test_dropout_of_a_block_is_the_models(unfused):
     outcomes = []
     for supernet in (mine, theirs):
         torch.manual_seed(3)
-        outcomes.append(run(supernet.train(), subnet)[0])
+        with use_backend("reference"):
+            outcomes.append(run(supernet.train(), subnet)[0])
     assert torch.equal(*outcomes)
     block = mine.layers[0].output
     block.dropout.p = 0.25
@@ -252,3 +254,34 @@ def test_training_skips_the_padding_and_features_are_compared_token_by_token(com
     trainer.train()
     assert {shape[0] for shape in seen} == {1}
     assert any("min_feature" in entry and 0 < entry["min_feature"] < 100 for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_features_are_the_same_with_and_without_padding(masked, compiled):
+    """Also of a subnet whose last state, which has its padding again, is compared with one that has not."""
+    from mlfs.distillation import Distiller
+
+    space = SearchSpace((48, 24), (6, 2), (40, 16), ((0, 1, 2, 3), (0, 1)))
+    supernet = perturb(SuperTransformer(make("bert", "ForSequenceClassification", dtype=torch.float64), space))
+    distiller = Distiller(48, 4, 0.5, [0.1]).double()
+    batch = inputs() if masked else {"input_ids": inputs()["input_ids"]}
+    losses = []
+    for packs in (True, False):
+        states = []
+        for subnet in (space.min, space.max):
+            with torch.no_grad(), supernet.activate(subnet), without_padding(packs):
+                states.append(supernet(**batch, output_hidden_states=True))
+        zero, mask = torch.zeros((), dtype=torch.float64), batch.get("attention_mask")
+        losses.append(distiller.add_features(zero, {}, space.min, *states, mask)[0])
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+
+
+def test_padding_that_a_loss_reads_is_kept():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    labels = torch.tensor([[0, 1, -100], [1, 1, 0]])
+    assert reads_no_padding({"labels": torch.tensor([0, 1]), "attention_mask": mask})
+    assert reads_no_padding({"labels": labels, "attention_mask": mask})
+    assert reads_no_padding({"labels": labels})
+    assert not reads_no_padding({"labels": labels.abs(), "attention_mask": mask})
+    assert not reads_no_padding({"start_positions": labels[:, 0], "attention_mask": mask})  # a softmax over all tokens

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.deferral import HEAD_INPUT, vocabulary_head, without_logits
+from mlfs.ops.backend import BACKENDS
 from tests.models import all_models, inputs, make
 from tests.test_trainer import ONE_STEP, SPACE, one_step, rows, trainer
 
@@ -100,7 +101,7 @@ def test_under_autocast_logits_are_made_in_its_type(tmp_path, monkeypatch):
 @pytest.mark.parametrize("execution", ["sequential", "lockstep"])
 def test_no_tensor_of_a_step_is_as_large_as_the_logits(tmp_path, execution, monkeypatch):
     chunk = 1 << 17
-    monkeypatch.setitem(sys.modules["mlfs.ops.head_loss"].CHUNK_BYTES, "reference", chunk)
+    monkeypatch.setattr(sys.modules["mlfs.ops.head_loss"], "CHUNK_BYTES", dict.fromkeys(BACKENDS, chunk))
     ids = torch.randint(3, 4000, (8, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.clone()}
 

@@ -28,7 +28,7 @@ from mlfs.ops.distill import divergence
 
 IGNORED = -100  # the label of rows that do not count
 # Of the logits of one chunk. A GPU's library product wants some hundred rows; the reference takes a few such tensors.
-CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20}
+CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20, "cpp": 16 << 20}
 
 __all__ = ["IGNORED", "head_loss", "head_loss_reference"]
 
@@ -114,7 +114,7 @@ def _head_loss(
     h, labels = x.reshape(-1, n), labels.reshape(-1)
     goal = None if teacher is None else teacher.reshape(-1, weight.shape[1])
     kept = None
-    if backend == "reference":  # only rows that count; how many these are would keep a GPU's host waiting
+    if backend != "triton":  # only rows that count; how many these are would keep a GPU's host waiting
         kept = labels.ne(IGNORED).nonzero().squeeze(1)
         h, goal, labels = h[kept], None if goal is None else goal[kept], labels[kept]
     sums, dx = _in_chunks(h, weight, bias, labels, goal, alpha, temperature, smoothing, keep, backend)

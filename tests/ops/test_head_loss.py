@@ -214,7 +214,8 @@ def test_a_gradient_that_is_scaled_for_fp16_is_not_lost():
 
 
 def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
-    monkeypatch.setitem(MODULE.CHUNK_BYTES, "reference", 1 << 20)
+    for backend in ("reference", "cpp"):
+        monkeypatch.setitem(MODULE.CHUNK_BYTES, backend, 1 << 20)
     head = example(shape=(1500,), vocabulary=2000, widths=(24, 32), dtype=torch.float32)
 
     def largest(op) -> int:

@@ -102,6 +102,7 @@ def test_no_tokens_give_no_rows(leading):
     assert not weight.grad.any()
 
 
+@pytest.mark.usefixtures("reference")
 def test_autocast_gives_what_the_modules_give():
     x, weight, bias = (t.float() for t in data(24, 16, (3, 5), 0))
     layer, rms = nn.LayerNorm(16, EPS), LlamaRMSNorm(16, EPS)
