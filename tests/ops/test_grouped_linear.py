@@ -199,6 +199,15 @@ class TestKernels:
         y.backward(dy)
         assert y.isfinite().all() and all(t.grad.isfinite().all() for t in dirty.wanted)
 
+    def test_zeros_reach_the_end_of_a_width_that_is_not_aligned(self):
+        """Sizes that are multiples of 16 inside a W that is not: tables count in units of 16 where all of it is."""
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (strided(size, "plain", generator, torch.float32) for size in ((8, 35), (41, 35)))
+        groups = [Group(0, 3, 16, (0, 32)), Group(3, 4, 32, (16, 16))]
+        call = Call(x, weight, None, [weight[:2] * 0.1], [weight[:, :2].clone()], [2.0], groups)
+        assert not call(grouped_sliced_linear)[:, 32:].any()
+        agree(call, 1e-5)
+
     def test_two_runs_agree_bit_for_bit(self):
         def run() -> list[Tensor]:
             call = example(torch.float32).leaves()
