@@ -2,7 +2,7 @@
 
     python -m bench.gpu_static                  every configuration of the table, to bench/results/gpu_static.json
     python -m bench.gpu_static --quick          of each architecture the first configuration that takes any epilogue, in
-                                                bfloat16 (float16 compiles to the same but for the matrix instructions)
+                                                bfloat16 (float16: the same loops, one of 321 aside)
     python -m bench.gpu_static --arch sm90      one architecture
     python -m bench.gpu_static --summary        the last results in short, measuring nothing
 
