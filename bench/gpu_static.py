@@ -1,8 +1,10 @@
 """What the kernels compile to, for GPUs that need not be there.
 
     python -m bench.gpu_static                  every configuration of the table, to bench/results/gpu_static.json
-    python -m bench.gpu_static --quick          the first configuration of each architecture
+    python -m bench.gpu_static --quick          of each architecture the first configuration that takes any epilogue, in
+                                                bfloat16 (float16: the same loops, one of 321 aside)
     python -m bench.gpu_static --arch sm90      one architecture
+    python -m bench.gpu_static --summary        the last results in short, measuring nothing
 
 Each kernel is compiled by Triton as it would be on the device, and its machine code read: registers, spilled bytes,
 shared memory against the device's limit, matrix instructions, the length of the main loop against that of a plain
@@ -11,6 +13,7 @@ not fit, leaves the matrix units unused, has a main loop over 5% longer than the
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,27 +26,36 @@ from torch import Tensor
 from bench.offline import TARGETS, Launch, offline
 from mlfs.checkpoint import write_json
 from mlfs.kernels import decode, grouped, norm, sliced_linear
-from mlfs.kernels.configs import DEVICES, PRODUCT, Config
+from mlfs.kernels.configs import DEVICES, PRODUCT, Config, candidates
 from mlfs.ops.grouped_linear import Group
 from mlfs.palette import table
 
 RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
 TOKENS, ROWS, COLUMNS, RANK = 4096, 3072, 768, 8
-KERNELS = ("sliced_linear", "grouped", "norm", "decode")
+PLAIN = ("no stages", "backward, no stages")  # what the others' loops are compared with
 SLACK = 1.05
 NEWEST = {"sm90": "HGMMA", "sm100": "UTC"}  # what a tile of 64 or more tokens must run on
+Calls = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
-    parser.add_argument("--kernel", action="append", choices=KERNELS, help="default: all")
-    parser.add_argument("--quick", action="store_true", help="the first configuration of each architecture")
+    parser.add_argument("--kernel", action="append", choices=list(VARIANTS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one configuration of each architecture")
+    parser.add_argument("--summary", action="store_true", help="print a Markdown table of the results in --output")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.summary:
+        print(summary(read_results(given.output)))
+        return
     rows: list[dict[str, Any]] = []
     for arch in given.arch or TARGETS:
-        for row in measure(arch, PRODUCT[arch][:1] if given.quick else PRODUCT[arch], given.kernel or KERNELS):
+        configs, types = PRODUCT[arch], [torch.bfloat16, torch.float16, torch.float32]
+        if given.quick:
+            configs = tuple(c for c in configs if admits(arch, c, torch.bfloat16, epilogue=True))[:1]
+            types.remove(torch.float16)
+        for row in measure(arch, configs, types, given.kernel or list(VARIANTS)):
             rows.append(row)
             print(show([row]).splitlines()[-1], file=sys.stderr)
     print(show(rows))
@@ -51,45 +63,57 @@ def main() -> None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         values = [[row.get(key) for key in columns] for row in rows]
         write_json(given.output, {"triton": triton.__version__, "columns": columns, "rows": values})
-    if bad := [f"{row['arch']} {row['kernel']} {row['variant']}: {fault}" for row in rows for fault in faults(row)]:
+    if bad := [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]:
         raise SystemExit("\n".join(bad))
 
 
-def measure(arch: str, configs: tuple[Config, ...], kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel that the operator's passes launch, in each configuration and variant."""
+def measure(
+    arch: str, configs: Sequence[Config], types: Sequence[torch.dtype], kernels: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """A row for each kernel that the operators' passes launch, in each variant and each configuration it may run in."""
     seen = set()
     for config in configs:
-        plain: dict[Any, int] = {}
-        for dtype in (torch.bfloat16, torch.float16):
-            for variant, call in variants(dtype, config, kernels).items():
+        for dtype in types:
+            if not admits(arch, config, dtype):
+                continue
+            plain: dict[bool, int] = {}
+            epilogue = admits(arch, config, dtype, epilogue=True)
+            for variant, call in variants(dtype, config, kernels, epilogue).items():
                 with offline(arch) as launches:
                     call()
                 for launch in launches:
                     row = read(launch, variant, dtype, config)
-                    backward = variant.startswith("backward")
-                    if launch.name == "sliced_linear._product":
-                        if variant in ("no stages", "backward, no stages"):
-                            plain[dtype, backward] = row["loop"]
-                        row["plain loop"] = plain[dtype, backward]
-                    elif launch.name == "grouped._product":
-                        row["plain loop"] = plain[dtype, backward]
+                    if launch.name.endswith("_product"):
+                        row["plain loop"] = plain.setdefault(variant.startswith("backward"), row["loop"])
                     else:
-                        row["config"] = ""  # its own, whatever the product's is
+                        row["config"], row["tokens"] = "", 0  # its own, whatever the product's are
                     key = tuple(str(v) for k, v in row.items() if k != "variant")
                     if key not in seen:
                         seen.add(key)
                         yield row
 
 
-def variants(dtype: torch.dtype, config: Config, kernels: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """Calls of the launchers at one large, aligned size; the plain products first."""
-    x, weight = torch.empty(TOKENS, COLUMNS, dtype=dtype), torch.empty(ROWS, COLUMNS, dtype=dtype)
-    bias, y = torch.empty(ROWS, dtype=dtype), torch.empty(TOKENS, ROWS, dtype=dtype)
+def admits(arch: str, config: Config, dtype: torch.dtype, epilogue: bool = False) -> bool:
+    """Whether a product of x and W of that type may run in a configuration; fp32 where it runs as tf32."""
+    if dtype == torch.float32 and not arch.startswith("sm"):
+        return False
+    return config in candidates(arch, TOKENS, ROWS, dtype.itemsize, dtype.itemsize, epilogue)
+
+
+def variants(dtype: torch.dtype, config: Config, kernels: Sequence[str], epilogue: bool) -> Calls:
+    """Calls of the launchers at one large, aligned size; the plain products first. fp32: these only, as they need most
+    shared memory."""
+    calls = {variant: call for variant, call in of_sliced_linear(dtype, config, False).items() if variant in PLAIN}
+    if dtype != torch.float32:
+        for kernel in kernels:
+            calls |= VARIANTS[kernel](dtype, config, epilogue)
+    return calls
+
+
+def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
+    x, weight, bias, y = operands(dtype)
     fused = [0, 1024, 1024, 512, 2048, 512]
     part = torch.empty(TOKENS, 2048, dtype=dtype)
-
-    def stages(count: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        return [torch.empty(RANK, COLUMNS)] * count, [torch.empty(ROWS, RANK)] * count, [2.0] * count
 
     def forward(count: int, spans: list[int] = [0, ROWS], **options: Any) -> Callable[[], Any]:  # noqa: B006
         return lambda: sliced_linear.forward(x, weight, bias, *stages(count), spans, config=config, **options)
@@ -102,46 +126,71 @@ def variants(dtype: torch.dtype, config: Config, kernels: Sequence[str]) -> dict
             dz, x, h, weight, *stages(count), spans, trains, True, COLUMNS, config=config
         )
 
-    line, seed = torch.empty(COLUMNS, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    sizes = ((COLUMNS, ROWS), (576, 2304), (384, 1536), (384, 1536))
-    groups = tuple(Group(1024 * i, 1024, n, (0, m)) for i, (n, m) in enumerate(sizes))
-
-    def several(back: bool = False) -> Callable[[], Any]:
-        h = torch.empty(TOKENS, RANK, dtype=dtype)
-        if back:
-            return lambda: grouped.backward(y, x, h, weight, *stages(1), groups, [True], True, config=config)
-        return lambda: grouped.forward(x, weight, bias, *stages(1), groups, config=config)
-
-    small = config.block_t * config.block_c <= 128 * 128  # what `configs.candidates` admits with an epilogue
-    epilogues = {
-        "4 sizes at once": several(),
-        "backward, 4 sizes at once": several(True),
-        "GELU": forward(1, activation="gelu", keep_pre=True),
-        "tanh GELU": forward(1, activation="gelu_tanh", keep_pre=True),
-        "SiLU gate": forward(1, activation="silu_mul", operand=y, keep_pre=True),
-        "residual": forward(1, residual=y),
-    }
     calls = {
         "no stages": forward(0),
         "backward, no stages": backward(0),
         "1 stage": forward(1),
-        "3 stages": forward(3),
         "fused projections, 1 stage": forward(1, fused),
         "backward, 1 stage": backward(1),
-        "backward, 3 stages": backward(3),
         "backward, fused projections": backward(1, fused),
-        "1 token": lambda: decode.forward(x[:1], weight, bias, *stages(3), [0, ROWS]),
+    }
+    if epilogue:
+        calls |= {
+            "3 stages": forward(3),
+            "backward, 3 stages": backward(3),
+            "GELU": forward(1, activation="gelu", keep_pre=True),
+            "tanh GELU": forward(1, activation="gelu_tanh", keep_pre=True),
+            "SiLU gate": forward(1, activation="silu_mul", operand=y, keep_pre=True),
+            "residual": forward(1, residual=y),
+        }
+    return calls
+
+
+def of_grouped(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
+    x, weight, bias, y = operands(dtype)
+    h = torch.empty(TOKENS, RANK, dtype=dtype)
+    sizes = ((COLUMNS, ROWS), (576, 2304), (384, 1536), (384, 1536))
+    whole = tuple(Group(1024 * i, 1024, n, (0, m)) for i, (n, m) in enumerate(sizes))
+    fused = tuple(Group(1024 * i, 1024, n, (0, n, 1024, n, 2048, n)) for i, (n, _) in enumerate(sizes))
+
+    def forward(groups: tuple[Group, ...]) -> Callable[[], Any]:
+        return lambda: grouped.forward(x, weight, bias, *stages(1), groups, config=config)
+
+    def backward(groups: tuple[Group, ...]) -> Callable[[], Any]:
+        return lambda: grouped.backward(y, x, h, weight, *stages(1), groups, [True], True, config=config)
+
+    return {
+        "4 sizes at once": forward(whole),
+        "backward, 4 sizes at once": backward(whole),
+        "backward, 4 sizes of fused projections": backward(fused),
+    }
+
+
+def of_norm(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
+    x, line, seed = operands(dtype)[0], torch.empty(COLUMNS, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    return {
         "LayerNorm, residual, dropout": lambda: norm.forward(x, x, line, line, 1e-5, False, 0.1, seed),
         "RMSNorm": lambda: norm.forward(x, None, line, None, 1e-5, True),
         "backward, LayerNorm": lambda: norm.backward(x, x, x, line, 1e-5, False, 0.1, seed, True),
     }
-    if small:
-        calls |= epilogues
-    module = {**dict.fromkeys(("4 sizes at once", "backward, 4 sizes at once"), "grouped"), "1 token": "decode"}
-    norms = [name for name in calls if "Norm" in name]
-    module |= dict.fromkeys(norms, "norm")
-    plain = ("no stages", "backward, no stages")  # what the others' loops are compared with
-    return {name: call for name, call in calls.items() if name in plain or module.get(name, KERNELS[0]) in kernels}
+
+
+def of_decode(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
+    x, weight, bias, _ = operands(dtype)
+    return {"1 token": lambda: decode.forward(x[:1], weight, bias, *stages(3), [0, ROWS])}
+
+
+VARIANTS = {"sliced_linear": of_sliced_linear, "grouped": of_grouped, "norm": of_norm, "decode": of_decode}
+
+
+def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W, b and y."""
+    x, weight = torch.empty(TOKENS, COLUMNS, dtype=dtype), torch.empty(ROWS, COLUMNS, dtype=dtype)
+    return x, weight, torch.empty(ROWS, dtype=dtype), torch.empty(TOKENS, ROWS, dtype=dtype)
+
+
+def stages(count: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    return [torch.empty(RANK, COLUMNS)] * count, [torch.empty(ROWS, RANK)] * count, [2.0] * count
 
 
 def read(launch: Launch, variant: str, dtype: torch.dtype, config: Config) -> dict[str, Any]:
@@ -179,9 +228,45 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
             yield f"loads at most {row['load bits']} bits at once"
 
 
+def name(row: dict[str, Any]) -> str:
+    return " ".join(row[key] for key in ("arch", "kernel", "variant", "type", "config")).rstrip()
+
+
 def show(rows: list[dict[str, Any]]) -> str:
     return table([{k: v for k, v in row.items() if k not in ("shared limit", "tokens")} for row in rows])
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return [dict(zip(result["columns"], values, strict=True)) for values in result["rows"]]
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with a line for each architecture and kernel."""
+    lines = [
+        "| GPU | kernel | tiles | compiled | registers | spilled | shared memory | runs on | longest loop | load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arch, kernel in dict.fromkeys((row["arch"], row["kernel"]) for row in rows):
+        some = [row for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)]
+        registers = [row["registers"] for row in some]
+        ratios = [row["loop"] / row["plain loop"] for row in some if row["plain loop"]]
+        cells = [
+            arch,
+            f"`{kernel}`",
+            str(len({row["config"] for row in some})),
+            str(len(some)),
+            f"{min(registers)} to {max(registers)}",
+            f"{max(row['spills'] for row in some)} B",
+            f"{max(row['shared'] for row in some) / 1024:.0f} of {some[0]['shared limit'] // 1024} KiB",
+            ", ".join(sorted({kind for row in some for kind in row["matrix kind"].split("+") if kind})) or "-",
+            f"{max(ratios):.2f} × plain" if ratios else "-",
+            f"{min(row['load bits'] for row in some)} bits",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")  # tf32
     main()

@@ -29,51 +29,54 @@ class Config:
     stages: int
     group: int = 8
 
-    def shared_bytes(self, itemsize: int, weight_itemsize: int) -> int:
+    def shared_bytes(self, itemsize: int, weight_itemsize: int, reads_shared: bool = False) -> int:
         """Shared memory that a product's operand tiles take, all pipeline stages together."""
-        return max(self.stages - 1, 1) * self.block_k * (self.block_t * itemsize + self.block_c * weight_itemsize)
+        tiles = self.stages if reads_shared else max(self.stages - 1, 1)
+        return tiles * self.block_k * (self.block_t * itemsize + self.block_c * weight_itemsize)
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the cost model knows of an architecture: shared memory a block may take, and multiprocessors."""
+    """What the cost model knows of an architecture: shared memory a block may take, multiprocessors, and whether
+    matrix units read shared memory while the next tiles come in, which takes room for one more."""
 
     shared: int
     processors: int
+    reads_shared: bool = False
 
 
 DEVICES = {
     "sm80": Device(163 << 10, 108),
     "sm86": Device(99 << 10, 84),
     "sm89": Device(99 << 10, 128),
-    "sm90": Device(227 << 10, 132),
-    "sm100": Device(227 << 10, 148),
+    "sm90": Device(227 << 10, 132, True),
+    "sm100": Device(227 << 10, 148, True),
     "gfx942": Device(64 << 10, 304),
     "gfx1100": Device(64 << 10, 96),
     "interpreter": Device(1 << 30, 8),  # enough to split what GPUs split
 }
 _AMPERE = (
     Config(128, 128, 32, 8, 4),
-    Config(128, 64, 64, 4, 3),
-    Config(64, 128, 64, 4, 3),
+    Config(128, 64, 64, 8, 3),
+    Config(64, 128, 64, 8, 3),
     Config(64, 64, 64, 4, 4),
     Config(32, 64, 64, 4, 4),
-    Config(16, 64, 128, 4, 4),
+    Config(16, 64, 32, 4, 8),
 )
 _HOPPER = (
     Config(128, 256, 64, 8, 3),
-    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 64, 8, 4),
     Config(128, 64, 64, 4, 4),
     Config(64, 128, 64, 4, 4),
     Config(64, 64, 64, 4, 4),
-    Config(16, 64, 128, 4, 4),
+    Config(16, 64, 64, 4, 4),
 )
 _CDNA = (
     Config(128, 128, 32, 8, 2),
     Config(128, 64, 64, 4, 2),
     Config(64, 64, 64, 4, 2),
-    Config(32, 64, 64, 4, 2),
-    Config(16, 64, 128, 4, 2),
+    Config(32, 128, 64, 4, 2),
+    Config(16, 64, 64, 4, 2),
 )
 _RDNA = (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(16, 64, 32, 2, 2))
 PRODUCT: dict[str, tuple[Config, ...]] = {
@@ -130,8 +133,8 @@ def candidates(
 ) -> list[Config]:
     """The configurations that fit the device, best first by the cost model.
 
-    With an epilogue beyond the bias, or in a loop over tiles, a tile has at most 128 × 128 numbers: bigger ones spill
-    (see bench/gpu_static.py).
+    With an epilogue beyond the bias, or several stages, a tile has at most 128 × 128 numbers: bigger ones run out of
+    registers (see bench/gpu_static.py).
 
     The model: waves of blocks over the multiprocessors, times the work of one tile, padding included; tiles that reuse
     little of what they load (low block_t · block_c / (block_t + block_c)) are charged for the loads.
@@ -144,7 +147,7 @@ def candidates(
         reuse = work / (config.block_t + config.block_c)
         return triton.cdiv(blocks, device.processors) * work * (1 + 32 / reuse)
 
-    fits = [c for c in PRODUCT[arch] if c.shared_bytes(itemsize, weight_itemsize) <= device.shared]
+    fits = [c for c in PRODUCT[arch] if c.shared_bytes(itemsize, weight_itemsize, device.reads_shared) <= device.shared]
     if epilogue:
         fits = [c for c in fits if c.block_t * c.block_c <= 128 * 128]
     return sorted(fits or PRODUCT[arch][-1:], key=cost)
@@ -164,7 +167,7 @@ def choose(
     Args:
         run: launches the kernel with a configuration; the best `keep` candidates are timed with it, once per shape
             class (sizes rounded up to powers of two) and GPU.
-        epilogue: whether the kernel does more with its tile than add a bias.
+        epilogue: whether the kernel does more with its tile than add a bias and one stage.
     """
     fitting = candidates(arch, shape[0], shape[1], dtypes[0].itemsize, dtypes[1].itemsize, epilogue)
     if run is None or len(fitting) == 1 or not may_tune():

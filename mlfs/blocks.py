@@ -153,8 +153,8 @@ def without_padding(wanted: bool = True) -> Iterator[None]:
 
 
 def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
-    """Whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which heads take
-    from the first token, or are ignored where there is padding."""
+    """Whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which heads
+    take from the first token, or are ignored where there is padding."""
     labels, attention = inputs.get("labels"), inputs.get("attention_mask")
     if labels is None or labels.device.type != "cpu":
         return False

@@ -10,18 +10,54 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100")
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942", "gfx1100"])
-def test_first_configuration_fits_spills_nothing_and_has_the_main_loop_of_a_plain_product(arch, tmp_path):
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_fit_spill_nothing_and_have_the_main_loop_of_a_plain_product(arch, tmp_path):
     """In a process of its own: here the kernels were imported for Triton's interpreter."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     output = tmp_path / "static.json"
-    kernels = [word for name in ("sliced_linear", "norm", "decode") for word in ("--kernel", name)]
-    command = [sys.executable, "-m", "bench.gpu_static", "--quick", "--arch", arch, *kernels, "--output", str(output)]
+    command = [sys.executable, "-m", "bench.gpu_static", "--quick", "--arch", arch, "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     names = {row[result["columns"].index("kernel")] for row in result["rows"]}
     assert {"sliced_linear._product", "sliced_linear._thin", "sliced_linear._reduce"} <= names
+    assert {"grouped._product", "grouped._thin", "grouped._reduce"} <= names
     assert {"norm._forward", "norm._backward", "decode._parts", "decode._sum"} <= names
+
+
+def test_published_results_are_of_the_table_and_have_no_faults():
+    from bench.gpu_static import RESULTS, faults, name, read_results, summary
+    from mlfs.kernels.configs import PRODUCT
+
+    rows = read_results(RESULTS)
+    assert not [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
+    for arch in ARCHITECTURES:
+        tiles = {f"{c.block_t}x{c.block_c}x{c.block_k}, {c.warps} warps, {c.stages} stages" for c in PRODUCT[arch]}
+        for kernel in ("sliced_linear._product", "grouped._product"):
+            assert {row["config"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)} == tiles
+        assert f"| {arch} | `grouped._product` |" in summary(rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spills": 8},
+        {"shared": 300_000},
+        {"matrix": 0},
+        {"matrix kind": "HMMA"},
+        {"loop": 106},
+        {"load bits": 64},
+    ],
+)
+def test_each_fault_is_found(change):
+    from bench.gpu_static import faults
+
+    good = {
+        "arch": "sm90", "kernel": "grouped._product", "tokens": 128, "spills": 0, "shared": 1000,
+        "shared limit": 232_448, "matrix": 4, "matrix kind": "HGMMA", "loop": 105, "plain loop": 100, "load bits": 128,
+    }  # fmt: skip
+    assert not list(faults(good))
+    assert len(list(faults(good | change))) == 1

@@ -49,9 +49,12 @@ def run_sliced_linear(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, 
 
 
 def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """The two cases are sizes that are aligned and fill each step of a loop, and sizes that do neither."""
     groups = (Group(0, 35, 48, (0, 64)), Group(35, 9, 33, (0, 20, 40, 10)), Group(46, 4, 16, (0, 16)))
-    x, weight, bias = randn(52, 48, dtype=dtype), randn(64, 48, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
-    a, b, scales = [randn(4, 48, scale=0.15)], [randn(64, 4, scale=0.5)], [2.0]
+    if config == CONFIGS[0]:
+        groups = (Group(0, 35, 64, (0, 64)), Group(35, 9, 32, (0, 32)), Group(46, 4, 32, (32, 32)))
+    x, weight, bias = randn(52, 64, dtype=dtype), randn(64, 64, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
+    a, b, scales = [randn(4, 64, scale=0.15)], [randn(64, 4, scale=0.5)], [2.0]
     dy = randn(52, 64, dtype=dtype)
     with offline(ARCH, emulate):
         y, h = grouped.forward(x, weight, bias, a, b, scales, groups, config)

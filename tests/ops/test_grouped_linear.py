@@ -203,6 +203,16 @@ class TestKernels:
         y.backward(dy)
         assert y.isfinite().all() and all(t.grad.isfinite().all() for t in dirty.wanted)
 
+    @pytest.mark.parametrize("rows, columns", [(48, 64), (41, 35)])
+    def test_aligned_sizes_in_a_width_that_is_aligned_or_not(self, device, rows, columns):
+        """Tables count in units of 16 where all sizes and the full width are multiples of it."""
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (strided((size, columns), "plain", generator, torch.float32) for size in (8, rows))
+        groups = [Group(0, 3, 16, (0, 32)), Group(3, 4, 32, (16, 16))]
+        call = Call(x, weight, None, [weight[:2] * 0.1], [weight[:, :2].clone()], [2.0], groups)
+        assert not call(grouped_sliced_linear)[:, 32:].any()
+        agree(call, 1e-5)
+
     def test_two_runs_agree_bit_for_bit(self, device):
         def run() -> list[Tensor]:
             call = example(torch.float32).leaves(device=device)
