@@ -8,18 +8,24 @@
 
 namespace mlfs {
 
+constexpr int64_t RANKS = 16;  // a whole number of vectors of any instruction set
+
 enum Activation { NONE, GELU, GELU_TANH, SILU_MUL };
 
-// y = act(z + bias + h · up) * operand + residual; rows are `m` numbers. Null pointers leave a term out.
+// h = x · down, y = act(z + bias + h · up) * operand + residual; rows of y are `m` numbers. Null pointers leave a term out.
 template <typename T>
 struct Finish {
-  int64_t m, ranks;
+  int64_t m, n, ranks;
   int activation;
+  const T* x;  // (rows, n)
+  int64_t x_stride;
+  const T* down;  // (n, ranks in steps of RANKS), zeros after the ranks
   T* z;         // (rows, m): the product; what goes into act is written here if `keep`
   bool keep;
   const T* bias;  // (m)
-  const T* h;     // (rows, ranks)
-  const T* up;    // (ranks, m)
+  T* h;         // (rows, ranks), written
+  const T* up;  // (ranks, m)
+  int64_t up_stride;
   const T* operand;
   int64_t operand_stride;
   const T* residual;

@@ -5,6 +5,7 @@
 #include <torch/extension.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -85,57 +86,106 @@ Tensor select(const Tensor& t, const Numbers& spans) {
   return at::cat(parts);
 }
 
-// [A_0; A_1; ...][:, :n]
-Tensor downs(const Tensors& a, int64_t n) {
-  if (a.size() == 1) return a[0].narrow(1, 0, n);
+// Columns of t (R, M) that the spans name, side by side; a view where there is one span
+Tensor select_columns(const Tensor& t, const Numbers& spans) {
+  if (spans.size() == 2) return t.narrow(1, spans[0], spans[1]);
   Tensors parts;
-  for (const Tensor& t : a) parts.push_back(t.narrow(1, 0, n));
-  return at::cat(parts);
+  for (size_t i = 0; i < spans.size(); i += 2) parts.push_back(t.narrow(1, spans[i], spans[i + 1]));
+  return at::cat(parts, 1);
 }
 
-// y (T, m), h (T, R) = x · A_sᵀ · c_s side by side, z (T, m) before the activation if kept; see mlfs.ops.sliced_linear
-std::tuple<Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Maybe& bias,
-                                                  const Tensors& a, const Tensors& b, const std::vector<double>& scales,
-                                                  const Numbers& spans, int64_t activation, const Maybe& operand_,
-                                                  const Maybe& residual_, bool keep) {
+// The stages side by side, as the kernel reads them: c_s · A_sᵀ (N, ranks in whole steps), and B_sᵀ (ranks, M)
+std::tuple<Tensor, Tensor> pack(const Tensors& a, const Tensors& b, const std::vector<double>& scales) {
   at::NoGradGuard no_grad;
-  const int64_t rows = x.size(0), n = x.size(1), m = length_of(spans);
-  Tensor z = at::empty({rows, m}, x.options());
-  if (z.numel() == 0) {
-    int64_t width = 0;
-    for (const Tensor& t : a) width += t.size(0);
-    return {z, at::zeros({rows, width}, x.options()), keep && activation != NONE ? at::empty_like(z) : at::empty({0}, x.options())};
+  int64_t ranks = 0, first = 0;
+  for (const Tensor& t : a) ranks += t.size(0);
+  if (!ranks) throw std::invalid_argument("pack: no stages");
+  const Tensor down = at::zeros({a[0].size(1), (ranks + RANKS - 1) / RANKS * RANKS}, a[0].options());
+  const Tensor up = at::empty({ranks, b[0].size(0)}, b[0].options());
+  for (size_t s = 0; s < a.size(); first += a[s].size(0), s++) {
+    down.narrow(1, first, a[s].size(0)).copy_(a[s].t()).mul_(scales[s]);
+    up.narrow(0, first, a[s].size(0)).copy_(b[s].t());
   }
+  return {down, up};
+}
+
+// The stages of a layer, packed; packed again where what they were packed from has changed, however that was written.
+class Stages {
+ public:
+  void update(const Tensors& a, const Tensors& b, const std::vector<double>& scales) {
+    if (scales == scales_ && same(a, a_) && same(b, b_)) return;
+    a_.clear(), b_.clear(), scales_ = scales, down = up = std::nullopt;
+    for (const Tensor& t : a) a_.push_back(t.detach().clone(at::MemoryFormat::Contiguous));
+    for (const Tensor& t : b) b_.push_back(t.detach().clone(at::MemoryFormat::Contiguous));
+    if (!a.empty()) std::tie(down, up) = pack(a, b, scales);
+  }
+
+  Maybe down, up;
+
+ private:
+  static bool same(const Tensors& now, const Tensors& before) {
+    if (now.size() != before.size()) return false;
+    for (size_t i = 0; i < now.size(); i++) {
+      const Tensor &x = now[i], &y = before[i];
+      if (x.sizes() != y.sizes() || x.scalar_type() != y.scalar_type() || !x.is_contiguous()) return false;
+      if (memcmp(x.data_ptr(), y.data_ptr(), x.nbytes())) return false;
+    }
+    return true;
+  }
+
+  Tensors a_, b_;
+  std::vector<double> scales_;
+};
+
+// y (T, m), h (T, R) = x · A_sᵀ · c_s side by side, z (T, m) before the activation if kept; see mlfs.ops.sliced_linear.
+// down, up: of `pack`, or nothing; of `down` the leading rows are read.
+std::tuple<Tensor, Tensor, Tensor> linear_forward(const Tensor& x_, const Tensor& weight, const Maybe& bias,
+                                                  const Maybe& down, const Maybe& up_, const Numbers& spans,
+                                                  int64_t activation, const Maybe& operand_, const Maybe& residual_,
+                                                  bool keep) {
+  at::NoGradGuard no_grad;
+  const Tensor x = down ? rows_contiguous(x_) : x_;
+  const int64_t rows = x.size(0), n = x.size(1), m = length_of(spans), ranks = down ? up_->size(0) : 0;
+  keep = keep && activation != NONE;
+  const Tensor z = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
+  const Tensor y = keep ? at::empty_like(z) : z, kept = keep ? z : at::empty({0}, x.options());
+  if (z.numel() == 0) return {y, h.zero_(), kept};
   for (size_t i = 0, column = 0; i < spans.size(); column += spans[i + 1], i += 2) {
     Tensor part = z.narrow(1, column, spans[i + 1]);
     at::mm_out(part, x, weight.narrow(0, spans[i], spans[i + 1]).narrow(1, 0, n).t());
   }
-  Tensor h = at::empty({rows, 0}, x.options()), up = at::empty({0, m}, x.options());
-  if (!a.empty()) {
-    h = at::mm(x, downs(a, n).t());
-    Tensors ups;
-    int64_t first = 0;
-    for (size_t s = 0; s < a.size(); first += a[s].size(0), s++) {
-      ups.push_back(select(b[s], spans).t());
-      if (scales[s] != 1.0) h.narrow(1, first, a[s].size(0)).mul_(scales[s]);
-    }
-    up = ups.size() == 1 ? ups[0].contiguous() : at::cat(ups);
-  }
-  keep = keep && activation != NONE;
-  Tensor y = keep ? at::empty_like(z) : z;
   const Maybe operand = operand_ ? Maybe(rows_contiguous(*operand_)) : operand_;
   const Maybe residual = residual_ ? Maybe(rows_contiguous(*residual_)) : residual_;
   const Maybe shift = bias ? Maybe(select(*bias, spans).contiguous()) : bias;
-  if (shift || !a.empty() || activation != NONE || residual) {
-    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linear_forward", [&] {
-      const Finish<scalar_t> work = {m, h.size(1), (int)activation, data<scalar_t>(z), keep, data<scalar_t>(shift),
-                                     data<scalar_t>(h), data<scalar_t>(up), data<scalar_t>(operand),
-                                     operand ? operand->stride(0) : 0, data<scalar_t>(residual),
-                                     residual ? residual->stride(0) : 0, data<scalar_t>(y)};
-      at::parallel_for(0, rows, grain(m), [&](int64_t i, int64_t j) { kernels<scalar_t>().finish(work, i, j); });
-    });
-  }
-  return {y, h, keep ? z : at::empty({0}, x.options())};
+  const Maybe up = down ? Maybe(select_columns(*up_, spans)) : down;
+  if (!shift && !down && activation == NONE && !residual) return {y, h, kept};
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linear_forward", [&] {
+    Finish<scalar_t> work = {};
+    work.m = m, work.n = n, work.ranks = ranks, work.activation = activation, work.keep = keep;
+    work.x = data<scalar_t>(x), work.x_stride = x.stride(0), work.down = data<scalar_t>(down);
+    work.z = data<scalar_t>(z), work.y = data<scalar_t>(y), work.h = data<scalar_t>(h);
+    work.bias = data<scalar_t>(shift), work.up = data<scalar_t>(up), work.up_stride = up ? up->stride(0) : 0;
+    work.operand = data<scalar_t>(operand), work.operand_stride = operand ? operand->stride(0) : 0;
+    work.residual = data<scalar_t>(residual), work.residual_stride = residual ? residual->stride(0) : 0;
+    at::parallel_for(0, rows, grain(m), [&](int64_t i, int64_t j) { kernels<scalar_t>().finish(work, i, j); });
+  });
+  return {y, h, kept};
+}
+
+// The same without what a backward pass needs, for stages that seldom change; x and y may have any leading dimensions.
+Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias, Stages& stages, const Tensors& a,
+              const Tensors& b, const std::vector<double>& scales, const Numbers& spans, int64_t activation,
+              const Maybe& operand, const Maybe& residual) {
+  at::NoGradGuard no_grad;
+  const int64_t n = x.size(-1), m = length_of(spans);
+  const auto flat = [&](const Maybe& t) { return t ? Maybe(t->reshape({-1, m})) : t; };
+  stages.update(a, b, scales);
+  const Tensor y = std::get<0>(linear_forward(x.reshape({x.numel() / std::max<int64_t>(n, 1), n}), weight, bias,
+                                              stages.down, stages.up, spans, activation, flat(operand), flat(residual),
+                                              false));
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = m;
+  return y.view(shape);
 }
 
 std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& z, const Maybe& operand_,
@@ -282,6 +332,12 @@ std::string limit_instructions(int level) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto free = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("pack", &mlfs::pack, free);
+  pybind11::class_<mlfs::Stages>(m, "Stages")
+      .def(pybind11::init<>())
+      .def(pybind11::pickle([](const mlfs::Stages&) { return pybind11::tuple(); },  // a copy packs anew
+                            [](const pybind11::tuple&) { return mlfs::Stages(); }));
+  m.def("linear", &mlfs::linear);
   m.def("linear_forward", &mlfs::linear_forward, free);
   m.def("activation_backward", &mlfs::activation_backward, free);
   m.def("add_norm", &mlfs::add_norm, free);

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
+from mlfs.ops.backend import cpp, is_direct
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.norm import add_norm
-from mlfs.ops.sliced_linear import finish, sliced_linear, sliced_linear_reference
+from mlfs.ops.sliced_linear import direct_linear, finish, sliced_linear, sliced_linear_reference
 from mlfs.sizes import Extent, RowSizes, Scope, Sizes
 
 
@@ -113,6 +114,7 @@ class ElasticLinear(Elastic):
         self.train_base(train_base)
         self.train_stage(0 if self.stages else None)
         self._parts: tuple[int, ...] = (self.out_features,)
+        self._packed: Any = None  # the stages as the extension for CPUs reads them
 
     @classmethod
     def from_linear(
@@ -148,17 +150,22 @@ class ElasticLinear(Elastic):
         """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
         if x.shape[-1] > self.in_features:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
-        first, live = self.folded_stages, self.live
         weight = self._folded if self._folded is not None else self._matrix()
+        live = slice(self.folded_stages, self.live)
+        lora = _values(self.lora_A)[live], _values(self.lora_B)[live], self.scales[live]
         trains = self.weight.requires_grad
-        lora = list(self.lora_A)[first:live], list(self.lora_B)[first:live], self.scales[first:live]
         if (rows := self._row_sizes()) is not None and out_features is None:
             grouped = grouped_sliced_linear_reference if trains else grouped_sliced_linear
             flat = x.reshape(-1, x.shape[-1])
             y = grouped(flat, weight, self.bias, *lora, self._groups(x, rows)).view(*x.shape[:-1], -1)
             return finish(y, activation, operand, residual)
+        spans, rest = self.spans(out_features), (activation, operand, residual)
+        if is_direct(x, weight, self.bias, *lora[0], *lora[1], operand, residual):
+            if self._packed is None:
+                self._packed = cpp().Stages()
+            return direct_linear(x, weight, self.bias, self._packed, *lora, spans, *rest)
         op = sliced_linear_reference if trains else sliced_linear
-        return op(x, weight, self.bias, *lora, self.spans(out_features), activation, operand, residual)
+        return op(x, weight, self.bias, *lora, spans, *rest)
 
     def spans(self, out_features: int | None = None) -> list[int]:
         """The rows of W that are read now, as flat (start, length) pairs."""
@@ -398,6 +405,11 @@ def _without_parameters(module: nn.Module) -> nn.Module:
     template = copy.copy(module)
     template._parameters = {}
     return template
+
+
+def _values(parameters: nn.ParameterList) -> list[Tensor]:
+    """Its parameters; iterating over it takes longer than a small product."""
+    return list(parameters._parameters.values())  # type: ignore[arg-type]
 
 
 def _is_floating(value: object) -> bool:

@@ -53,6 +53,18 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str:
     return forced
 
 
+def is_direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the extension for CPUs may be called without an operator between, whose call takes longer than a small
+    product: no gradient is wanted, and nothing traces, stands in for `x` or changes its type."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and autocast_type(x) is None
+        and backend_of(x, *others) == "cpp"
+    )
+
+
 def autocast_type(x: Tensor) -> torch.dtype | None:
     """What autocast computes in where x is, or None outside of it (always on devices that have none, as `meta`)."""
     kind = x.device.type
@@ -87,6 +99,7 @@ def check(name: str) -> None:
         raise MLFSError(f"backend cpp is not available: {reason}")
 
 
+@cache
 def cpp() -> Any:
     """The compiled extension."""
     import mlfs._cpu as extension

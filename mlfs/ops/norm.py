@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import autocast_type, backend_of, cpp
+from mlfs.ops.backend import autocast_type, backend_of, cpp, is_direct
 
 __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
@@ -82,6 +82,11 @@ def add_norm(
     if seed is None and backend == "reference":  # as torch's own modules: a mask that is kept is cheaper here
         x = torch.nn.functional.dropout(x, p)
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
+    if not p and is_direct(x, residual, weight, bias):
+        n = x.shape[-1]
+        flat = None if residual is None else residual.reshape(-1, n)
+        y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, 0.0, 0)
+        return y.view(x.shape), s.view(x.shape)
     if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:

@@ -14,6 +14,7 @@ Proposition 1 of "Efficiently Distilling LLMs for Edge Applications" (arXiv 2404
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,13 +91,25 @@ def sliced_linear(
     leaves = (x, operand, residual, *lora_a, *lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     lists = (list(lora_a), list(lora_b), list(scales), list(spans))
-    if not keep and type(x) is Tensor and not torch.compiler.is_compiling():
-        tensors = (weight, bias, *lora_a, *lora_b, operand, residual)
-        if backend_of(x, *tensors) == "cpp":  # not by way of the operator, whose call takes longer than a small product
-            n, m = x.shape[-1], sum(spans[1::2])
-            more = ACTIVATIONS.index(activation), _flat(operand, m), _flat(residual, m), False
-            return cpp().linear_forward(x.reshape(-1, n), weight, bias, *lists, *more)[0].view(*x.shape[:-1], m)
     return _sliced_linear(x, weight, bias, *lists, activation, operand, residual, keep)[0]
+
+
+def direct_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Any,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+    activation: str = "none",
+    operand: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`sliced_linear` where `is_direct`: by the extension for CPUs, which keeps the stages packed in a `Stages`."""
+    more = ACTIVATIONS.index(activation), operand, residual
+    return cpp().linear(x, weight, bias, packed, lora_a, lora_b, scales, spans, *more)
 
 
 def finish(z: Tensor, activation: str, operand: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -159,7 +172,8 @@ def _sliced_linear(
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     if backend == "cpp":
         more = ACTIVATIONS.index(activation), other, added, keep
-        y, h, z = cpp().linear_forward(flat, weight, bias, lora_a, lora_b, scales, spans, *more)
+        packed = cpp().pack([a[:, :n] for a in lora_a], lora_b, scales) if lora_a else (None, None)
+        y, h, z = cpp().linear_forward(flat, weight, bias, *packed, spans, *more)
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     out = x.new_empty(flat.shape[0], m)
     column = 0
