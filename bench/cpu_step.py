@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from bench.palette_quality import cpu_name
-from mlfs import MLFSArguments, MLFSTrainer, SearchSpace, Subnet, SuperTransformer
+from mlfs import MLFSArguments, MLFSTrainer, SearchSpace, Subnet, SuperTransformer, without_padding
 from mlfs.checkpoint import write_json
 from mlfs.distillation import output_divergence
 from mlfs.elastic import ElasticLinear
@@ -253,8 +253,15 @@ def peak_of(what: str) -> int:
         run = peft_step(load("encoder"), teacher, batch, causal=False)
     else:
         load("encoder")
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak()
     run(), run()
+    return peak()
+
+
+def peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the process was forked from, too
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -265,20 +272,22 @@ def inference(given: argparse.Namespace) -> dict[str, Any]:
     """Latency of each size, stages unmerged, against the extracted plain model; and of switching between calls."""
     found: dict[str, Any] = {}
     supernet = with_stages(supernet_of("encoder")).eval()
-    batches = {"1": one_sentence(), "32": {k: v for k, v in encoder_batch().items() if k != "labels"}}
+    padded = {k: v for k, v in encoder_batch().items() if k != "labels"}
+    batches = {"1": one_sentence(), "32": padded, "32, without padding": padded}
     for size in ENCODER_SIZES:
         small = supernet.extract(size).eval()
         for rows, batch in batches.items():
+            packs = "without" in rows
 
-            def ours(batch: Any = batch, size: Any = size) -> None:
-                with torch.inference_mode(), supernet.activate(size):
+            def ours(batch: Any = batch, size: Any = size, packs: bool = packs) -> None:
+                with torch.inference_mode(), supernet.activate(size), without_padding(packs):
                     supernet(**batch)
 
             def plain(batch: Any = batch, small: Any = small) -> None:
                 with torch.inference_mode():
                     small(**batch)
 
-            times = alternate({"ours": ours, "plain": plain}, 8 * given.repeats, f"{size}, batch {rows}")
+            times = alternate({"ours": ours, "plain": plain}, 3 * given.repeats, f"{size}, batch {rows}")
             ratios = [a / b for a, b in zip(times["ours"], times["plain"], strict=True)]
             found[f"{size}, batch {rows}"] = {
                 "mlfs": spread(times["ours"]), "extracted": spread(times["plain"]), "ratio": spread(ratios),

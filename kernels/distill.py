@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mlfs.kernels.configs import thin
-from mlfs.kernels.sliced_linear import accumulate, dot, launch_reduce, precision_of, with_rows
+from mlfs.kernels.sliced_linear import accumulate, dot, launch_reduce, precision_of, readable, with_rows
 
 _BLOCK_BYTES, _WARPS = 8192, 8  # 32 bytes a thread; a small vocabulary still takes a number for each thread
 
@@ -105,18 +105,19 @@ def _difference(
     read = in_rows
     if HAS_MASK:
         read = tl.load(mask + t, mask=in_rows, other=0) != 0
-    t64 = t.to(tl.int64)[:, None]
+    row, _ = readable(t, tokens, True)
+    t64, row = t.to(tl.int64)[:, None], row.to(tl.int64)[:, None]
     ps = projection + p.to(tl.int64)[None, :] * projection_p + k[:, None]
-    step = tl.full((), BLOCK_K, tl.int64)
     goal = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     goal = accumulate(
-        goal, teacher + t64 * teacher_t + k[None, :], ps, full, step, read, in_columns, BLOCK_K, EVEN_FULL, PRECISION
+        goal, teacher + row * teacher_t + k[None, :], ps, full, 1, in_columns, True, BLOCK_K, EVEN_FULL, PRECISION
     )
     mine = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     mine = accumulate(
-        mine, student + t64 * student_t + k[None, :], ps, n, step, read, in_columns, BLOCK_K, EVEN_N, PRECISION
+        mine, student + row * student_t + k[None, :], ps, n, 1, in_columns, True, BLOCK_K, EVEN_N, PRECISION
     )
-    mine -= goal
+    goal = tl.where(read[:, None], goal, 0.0)  # rows that do not count may hold anything
+    mine = tl.where(read[:, None], mine, 0.0) - goal
     if KEEP:
         tl.store(d + t64 * size + p[None, :], mine, mask=in_rows[:, None] & in_columns[None, :])
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

@@ -174,6 +174,7 @@ def test_fresh_linear_has_the_effect_of_the_base_alone(make):
     assert torch.equal(ElasticLinear.from_linear(plain, rank=4)(x), plain(x))
 
 
+@pytest.mark.usefixtures("reference")
 def test_embedding_and_norms_read_leading_columns():
     torch.manual_seed(0)
     table, norm, rms = nn.Embedding(9, 8, padding_idx=2), nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-6)

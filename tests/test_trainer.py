@@ -209,6 +209,7 @@ def test_ignored_labels_are_ignored_by_the_distillation() -> None:
     )
 
 
+@pytest.mark.usefixtures("reference")  # Adam makes much of what rounds to about zero
 def test_folding_gives_the_same_run_to_rounding(tmp_path: Path) -> None:
     results = []
     for fold in (True, False):

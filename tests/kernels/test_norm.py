@@ -144,15 +144,16 @@ def test_layers_take_the_kernels(device, backend):
 
 
 @pytest.mark.parametrize("rms", [False, True])
-def test_a_residual_of_a_wider_type_keeps_it(backend, rms):
+def test_a_residual_of_a_wider_type_keeps_it(backend, device, rms):
     """As under autocast: a half-precision product is added to a residual stream in fp32."""
     given_ = case((20, 48), 50, "plain", torch.bfloat16, True, True, not rms, 0)
     wide = given_ | {k: given_[k].float() for k in ("residual", "weight")}
     wide["bias"] = None if rms else given_["bias"].float()
-    y, s = add_norm(**wide, eps=EPS, rms=rms)
+    agree(wide, rms, 1e-2, device)
+    there = {k: None if t is None else move(t, device) for k, t in wide.items()}
+    y, s = add_norm(**there, eps=EPS, rms=rms)
     assert y.dtype == s.dtype == torch.float32
-    agree(wide, rms, 1e-2)
-    assert torch.equal(s, wide["x"].float() + wide["residual"])
+    assert torch.equal(s.cpu(), wide["x"].float() + wide["residual"])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

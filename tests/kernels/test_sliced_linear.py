@@ -183,7 +183,7 @@ def test_two_runs_agree_bit_for_bit(device, dtype):
 
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_residual_of_a_wider_type_keeps_it(backend, tokens):
+def test_a_residual_of_a_wider_type_keeps_it(backend, device, tokens):
     """As under autocast: a half-precision product is added to a residual stream in fp32."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (strided(shape, "plain", generator, torch.bfloat16) for shape in ((tokens, 20), (30, 20)))
@@ -192,15 +192,15 @@ def test_a_residual_of_a_wider_type_keeps_it(backend, tokens):
     call = Call(x, weight, None, [a], [b], [1.0], [0, 30], residual=residual)
     with use_backend(backend):
         with torch.no_grad():
-            y = call(sliced_linear)
-        mine, exact = call.trains(stages=(0,)), call.trains(stages=(0,))
+            y = to(call, device)(sliced_linear)
+        mine, exact = to(call, device).trains(stages=(0,)), call.trains(stages=(0,))
         trained = mine(sliced_linear)
         trained.backward(torch.ones_like(trained))
     goal = exact.dense()
     goal.backward(torch.ones_like(goal))
     for got in (y, trained):
         assert got.dtype == torch.float32
-        assert (got - goal).abs().max() < 0.9  # in bf16 numbers around 1000 are 4 apart
+        assert (got.cpu() - goal).abs().max() < 0.9  # in bf16 numbers around 1000 are 4 apart
     for ours, theirs in zip(mine.leaves, exact.leaves, strict=True):
         assert ours.grad.dtype == ours.dtype
-        assert (ours.grad.double() - theirs.grad).abs().max() < 0.05 * theirs.grad.abs().max()
+        assert (ours.grad.cpu().double() - theirs.grad).abs().max() < 0.05 * theirs.grad.abs().max()
