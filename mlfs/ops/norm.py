@@ -78,15 +78,11 @@ def add_norm(
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
-    backend = backend_of(x, residual, weight, bias)
-    if seed is None and backend == "reference":  # as torch's own modules: a mask that is kept is cheaper here
-        x = torch.nn.functional.dropout(x, p)
-        return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
     if not p and is_direct(x, residual, weight, bias):
-        n = x.shape[-1]
-        flat = None if residual is None else residual.reshape(-1, n)
-        y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, 0.0, 0)
-        return y.view(x.shape), s.view(x.shape)
+        return _by_extension(x, residual, weight, bias, eps, rms)
+    if seed is None and backend_of(x, residual, weight, bias) == "reference":
+        x = torch.nn.functional.dropout(x, p)  # as torch's own modules: a mask that is kept is cheaper here
+        return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
     if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:
@@ -110,9 +106,8 @@ def _add_norm(
     n, adds = x.shape[-1], residual is not None or p > 0
     backend = backend_of(x, residual, weight, bias)
     if backend == "cpp":
-        flat = None if residual is None else residual.reshape(-1, n)
-        y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, p, int(seed or 0))
-        return y.view(x.shape), s.view(x.shape) if adds else x.new_empty(0)
+        y, s = _by_extension(x, residual, weight, bias, eps, rms, p, int(seed or 0))
+        return y, s if adds else x.new_empty(0)
     if backend == "triton":
         from mlfs.kernels import norm as kernels
 
@@ -190,6 +185,22 @@ def _(dy, ds, s, weight, eps, rms, p, seed, trains):
     n, kind = s.shape[-1], torch.promote_types(s.dtype, torch.float32)
     sums = (s.new_empty(n, dtype=kind), s.new_empty(n, dtype=kind)) if trains else (dy.new_empty(0), dy.new_empty(0))
     return s.new_empty(s.shape), s.new_empty(s.shape) if p else dy.new_empty(0), *sums
+
+
+def _by_extension(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    n = x.shape[-1]
+    flat = None if residual is None else residual.reshape(-1, n)
+    y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, p, seed)
+    return y.view(x.shape), s.view(x.shape)
 
 
 def _cut(n: int, *parameters: Tensor | None) -> list[Tensor | None]:
