@@ -146,6 +146,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_forward(const Tensor& x_, const Tensor
   at::NoGradGuard no_grad;
   const Tensor x = down ? rows_contiguous(x_) : x_;
   const int64_t rows = x.size(0), n = x.size(1), m = length_of(spans), ranks = down ? up_->size(0) : 0;
+  TORCH_CHECK(n <= weight.size(1) && (!down || n <= down->size(0)), "x has ", n, " columns, W ", weight.size(1));
+  for (const Maybe& t : {operand_, residual_})
+    TORCH_CHECK(!t || (t->size(0) == rows && t->size(1) == m), "operand or residual of ", t ? t->sizes() : x.sizes(),
+                ", the product is of ", rows, " x ", m);
   keep = keep && activation != NONE;
   const Tensor z = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
   const Tensor y = keep ? at::empty_like(z) : z, kept = keep ? z : at::empty({0}, x.options());
@@ -210,6 +214,8 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x_, const Maybe& residual_, co
   const Tensor x = rows_contiguous(x_), y = at::empty(x.sizes(), x.options());
   const Maybe residual = residual_ ? Maybe(rows_contiguous(*residual_)) : residual_;
   const Maybe w = contiguous(weight), b = contiguous(bias);
+  TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "x and residual differ in shape");
+  for (const Maybe& t : {w, b}) TORCH_CHECK(!t || t->size(0) == x.size(1), "weight or bias shorter than rows of x");
   const bool changes = residual || p > 0;
   const Tensor s = changes ? at::empty(x.sizes(), x.options()) : x;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_norm", [&] {

@@ -82,16 +82,20 @@ def sliced_linear(
     Raises:
         MLFSError: an unknown activation, or an operand where none belongs or none where one does.
     """
-    if activation not in ACTIVATIONS or (operand is not None) != (activation == "silu_mul"):
-        raise MLFSError(
-            f"activation={activation!r} {'with' if operand is not None else 'without'} an operand: expected one of "
-            f"{', '.join(ACTIVATIONS)}; only silu_mul takes an operand, and needs it"
-        )
+    _check_activation(activation, operand)
     x, operand = in_autocast_type(x), None if operand is None else in_autocast_type(operand)
     leaves = (x, operand, residual, *lora_a, *lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     lists = (list(lora_a), list(lora_b), list(scales), list(spans))
     return _sliced_linear(x, weight, bias, *lists, activation, operand, residual, keep)[0]
+
+
+def _check_activation(activation: str, operand: Tensor | None) -> None:
+    if activation not in ACTIVATIONS or (operand is not None) != (activation == "silu_mul"):
+        raise MLFSError(
+            f"activation={activation!r} {'with' if operand is not None else 'without'} an operand: expected one of "
+            f"{', '.join(ACTIVATIONS)}; only silu_mul takes an operand, and needs it"
+        )
 
 
 def direct_linear(
@@ -108,6 +112,7 @@ def direct_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`sliced_linear` where `is_direct`: by the extension for CPUs, which keeps the stages packed in a `Stages`."""
+    _check_activation(activation, operand)
     more = ACTIVATIONS.index(activation), operand, residual
     return cpp().linear(x, weight, bias, packed, lora_a, lora_b, scales, spans, *more)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlfs import MLFSError
+from mlfs.elastic import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.attention import packed_attention, packed_attention_reference
 from mlfs.ops.backend import use_backend
@@ -283,3 +284,20 @@ def test_without_gradients_the_operator_is_called_directly():
     with torch.inference_mode():
         torch.testing.assert_close(call(sliced_linear), layer(call.x))
     assert call(sliced_linear).grad_fn is None
+
+
+def test_what_does_not_fit_is_refused_where_no_operator_is_between():
+    """The kernels would read beyond the end of it."""
+    layer = ElasticLinear.from_linear(nn.Linear(20, 30), rank=2)
+    x, y = torch.randn(4, 20), torch.randn(4, 30)
+    with torch.no_grad():
+        with pytest.raises(MLFSError, match="only silu_mul takes an operand"):
+            layer(x, activation="silu_mul")
+        with pytest.raises(MLFSError, match="expected one of none"):
+            layer(x, activation="relu")
+        with pytest.raises(RuntimeError, match="operand or residual of"):
+            layer(x, residual=y[:2])
+        with pytest.raises(RuntimeError, match="differ in shape"):
+            add_norm(x, x[:2], None, None, 1e-5, True)
+        with pytest.raises(RuntimeError, match="shorter than rows"):
+            add_norm(x, None, torch.ones(19), None, 1e-5, True)
