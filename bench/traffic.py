@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlfs.kernels import configs, decode, norm, sliced_linear
+from mlfs.kernels import configs, decode, norm, rotary, sliced_linear
 
 # by name: `mlfs.ops` has functions of these names
-OPERATORS = [import_module(f"mlfs.ops.{name}") for name in ("norm", "sliced_linear")]
+OPERATORS = [import_module(f"mlfs.ops.{name}") for name in ("norm", "rotary", "sliced_linear")]
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
 
@@ -133,6 +133,13 @@ def _norm_backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Eleme
     return reads, {"dx": size, **({"d_residual": size} if a["DROPS"] else {}), **sums}, 0
 
 
+def _rotary(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    places, dim = grid[0], 2 * a["half"]
+    sizes = {name: places * a[f"{name}_heads"] * dim for name in ("q", "k")}
+    reads = sizes | {name: dim * (places if a[f"{name}_b"] else a["tokens"]) for name in ("cos", "sin")}
+    return reads, {f"{name}_out": size for name, size in sizes.items()}, 0
+
+
 def _decode_parts(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     tokens, depth, columns, width = a["tokens"], a["depth"], a["columns"], a["STAGES"] * a["RANK"]
     reads = {"x": tokens * depth, "w": depth * columns}
@@ -159,6 +166,7 @@ KERNELS: dict[tuple[Any, str], Callable[[Arguments, tuple[int, ...]], tuple[Elem
     (sliced_linear, "activation_backward_kernel"): _activation_backward,
     (norm, "_forward"): _norm_forward,
     (norm, "_backward"): _norm_backward,
+    (rotary, "_rotary"): _rotary,
     (decode, "_parts"): _decode_parts,
     (decode, "_sum"): _decode_sum,
 }

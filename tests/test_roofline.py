@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from bench import roofline
 from bench.lower_bound import LowerBound
 from bench.traffic import Launch, kernel_launches, memory_traffic, record
-from mlfs.kernels import decode, norm, sliced_linear
+from mlfs.kernels import decode, norm, rotary, sliced_linear
 
 
 @contextmanager
@@ -98,6 +98,15 @@ def test_norms_touch_the_bytes_that_are_counted(rms, p):
         norm.backward(y, rand(21, 45), s, weight, 1e-5, rms, p, torch.tensor([7]), True)
         norm.forward(x, None, weight, None, 1e-5, True)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("heads", [(3, 1), (35, 35)])
+def test_rotary_embeddings_touch_the_bytes_that_are_counted(heads, rows):
+    q, k = (rand(3, 4, count, 10) for count in heads)
+    with launched() as seen:
+        rotary.rotary(q, k, rand(rows, 4, 10), rand(rows, 4, 10), torch.bfloat16)
+    assert [launch.name for launch in seen] == ["rotary.rotary"]
 
 
 LLAMA = LlamaConfig(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=16, intermediate_size=64,

@@ -3,6 +3,7 @@
 from mlfs.ops.distill import divergence, feature_distance
 from mlfs.ops.head_loss import head_loss, head_loss_reference
 from mlfs.ops.norm import layer_norm, rms_norm
+from mlfs.ops.rotary import rotary, rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "head_loss_reference",
     "layer_norm",
     "rms_norm",
+    "rotary",
+    "rotary_reference",
     "sliced_linear",
     "sliced_linear_reference",
 ]

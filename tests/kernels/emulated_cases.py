@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bench.offline import offline
-from mlfs.kernels import decode, distill, grouped, norm, sliced_linear
+from mlfs.kernels import decode, distill, grouped, norm, rotary, sliced_linear
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.norm import add_norm_reference
+from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.emulator import ARCH, emulate
 
@@ -103,6 +104,20 @@ def run_norm(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+def run_rotary(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Its tiles are its own; the two cases are aligned heads, and odd ones with angles of their own for each row."""
+    rows, heads, groups, dim = (1, 4, 4, 32) if config == CONFIGS[0] else (2, 7, 2, 10)
+    q, k = (randn(2, count, 3, dim, dtype=dtype).transpose(1, 2) for count in (heads, groups))
+    angles = randn(rows, 3, dim)
+    with offline(ARCH, emulate):
+        turned = rotary.rotary(q, k, angles.cos(), angles.sin(), dtype)
+        back = rotary.rotary(*turned, angles.cos(), angles.sin(), torch.float32, backward=True)
+    exact = [t.double().requires_grad_() for t in (q, k)]
+    goal = rotary_reference(*exact, angles.cos().double(), angles.sin().double())
+    gradients = torch.autograd.grad(goal, exact, [t.double() for t in turned])
+    return list(zip((*turned, *back), (*goal, *gradients), strict=True))
+
+
 def run_distill(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
     """Its blocks are its own; the two cases are an odd vocabulary without, and one of two blocks with a teacher."""
     teaches = config != CONFIGS[0]
@@ -132,6 +147,7 @@ CASES = {
     "grouped": run_grouped,
     "decode": run_decode,
     "norm": run_norm,
+    "rotary": run_rotary,
     "distill": run_distill,
 }
 

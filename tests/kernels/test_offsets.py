@@ -8,11 +8,12 @@ from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.norm import add_norm_reference
+from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import on_each_device
 
 pytest.importorskip("triton")
-from mlfs.kernels import decode, grouped, norm, sliced_linear
+from mlfs.kernels import decode, grouped, norm, rotary, sliced_linear
 
 ROWS, COLUMNS, STRIDE = 40, 48, 2**26
 pytestmark = on_each_device
@@ -102,3 +103,12 @@ def test_norm(device, rms):
     total = (goal * dy.cpu().double()).sum() + (carried * ds.cpu().double()).sum()
     assert dw is not None
     agree([y, s, dx, dw], [goal, carried, *torch.autograd.grad(total, (xd, wd))])
+
+
+def test_rotary(device):
+    one, other = (far(ROWS, COLUMNS, device, i) for i in range(2))
+    q, k = one.view(1, ROWS, 4, 12), other.as_strided((2, 10, 2, 12), (20 * STRIDE, STRIDE, 12, 1))
+    cos, sin = (near(1, ROWS, 12, device=device, seed=i) for i in (2, 3))
+    few = q[:, :10].expand(2, -1, -1, -1), k, cos[:, :10], sin[:, :10]
+    for given in ((q, q, cos, sin), few):
+        agree(list(rotary.rotary(*given, torch.float16)), [*rotary_reference(*wide(*given))])
