@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
-from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, SelfAttention
+from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, RotaryAttention, SelfAttention
 from mlfs.ops.attention import packed_attention
 from mlfs.ops.backend import backend_of
+from mlfs.ops.rotary import rotary
 from mlfs.sizes import RowSizes
 
 Forward = Callable[..., Any]
+_LINEAR = ("linear", "gate", "up", "down", "query", "key", "value", "out")  # roles in a block
 _KNOWN = {
     type(ACT2FN[name]): activation
     for name, activation in (
@@ -36,8 +39,8 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
     """The forward pass of `module` (a function of it and its inputs), or None where it has to run as it is: its
     activation is none the kernels know, or a part is not elastic."""
     for role, name in vars(spec).items():
-        part = getattr(module, name) if name else None
-        if role in ("linear", "gate", "up", "down", "query", "key", "value") and not isinstance(part, ElasticLinear):
+        part = getattr(module, name, None) if name else None
+        if role in _LINEAR and not isinstance(part, ElasticLinear):
             return None
         if role in ("norm", "mlp_norm") and not isinstance(part, (ElasticLayerNorm, ElasticRMSNorm)):
             return None
@@ -45,6 +48,8 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
         return _add_norm(spec)
     if isinstance(spec, SelfAttention):
         return _self_attention(spec, type(module).forward)
+    if isinstance(spec, RotaryAttention):
+        return _rotary_attention(spec, type(module).forward)
     if isinstance(spec, PreNorm):
         return _pre_norm(spec, type(module).forward)
     activation = _KNOWN.get(type(getattr(module, spec.activation)))
@@ -114,6 +119,36 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
         x, _ = getattr(self, spec.attention)(hidden_states=x, **kwargs)
         x, hidden_states = getattr(self, spec.mlp_norm).after(x, hidden_states)
         return getattr(self, spec.mlp)(x, residual=hidden_states)
+
+    return forward
+
+
+@functools.cache
+def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        if attend is None:  # eager attention, which each model has its own of
+            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        projections = (getattr(self, name)(hidden_states) for name in (spec.query, spec.key, spec.value))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
+        q = getattr(self, spec.query_norm)(q) if spec.query_norm else q
+        k = getattr(self, spec.key_norm)(k) if spec.key_norm else k
+        q, k, v = (t.transpose(1, 2) for t in (*rotary(q, k, *position_embeddings), v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        if spec.window:
+            owner = self if spec.window == "module" else self.config
+            kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
+        p = self.attention_dropout if self.training else 0.0
+        o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        return getattr(self, spec.out)(o.flatten(2)), weights
 
     return forward
 

@@ -5,7 +5,7 @@ else. Names are relative to the base model (`model.base_model`), except those of
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mlfs.errors import MLFSError
@@ -120,7 +120,25 @@ class SelfAttention:
     dropout: str
 
 
-Block = SelfAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm
+@dataclass(frozen=True)
+class RotaryAttention:
+    """A block that is causal attention between linear projections of x, with rotary embeddings by halves, and a
+    projection of what comes out of it, as in Llama; with or without norms of query and key, and a sliding window.
+
+    Its module has the attributes that transformers' attention functions read, and `config`, `head_dim`, `layer_idx`,
+    `scaling` and `attention_dropout`. `window`: whose attribute `sliding_window` is; "": nobody's.
+    """
+
+    query: str
+    key: str
+    value: str
+    out: str
+    query_norm: str = ""
+    key_norm: str = ""
+    window: Literal["", "module", "config"] = ""
+
+
+Block = SelfAttention | RotaryAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,7 @@ _LLAMA_LAYER: dict[str, Module] = {
     "mlp.up_proj": Linear("hidden", "ffn"),
     "mlp.down_proj": Linear("ffn", "hidden"),
 }
+_LLAMA_ATTENTION = RotaryAttention("q_proj", "k_proj", "v_proj", "o_proj")
 _LLAMA_BLOCKS: dict[str, Block] = {
     "mlp": GatedMLP("gate_proj", "act_fn", "up_proj", "down_proj"),
     "": PreNorm("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
@@ -219,15 +238,16 @@ def _gpt2_layer(c_attn: Linear) -> dict[str, Module]:
     }
 
 
-def _llama(model_type: str, extra: Mapping[str, Module] | None = None, heads_divide_hidden: bool = False) -> Family:
+def _llama(model_type: str, attention: RotaryAttention = _LLAMA_ATTENTION, heads_divide_hidden: bool = False) -> Family:
+    norms = [name for name in (attention.query_norm, attention.key_norm) if name]
     return Family(
         model_type,
         layers="layers",
-        layer=_LLAMA_LAYER | dict(extra or {}),
+        layer=_LLAMA_LAYER | {f"self_attn.{name}": Fixed() for name in norms},
         outer=_LLAMA_OUTER,
         heads=_LLAMA_HEADS,
         sizes={"self_attn.num_key_value_groups": Count("group")},
-        blocks=_LLAMA_BLOCKS,
+        blocks={"self_attn": attention} | _LLAMA_BLOCKS,
         head_dim_field=True,
         heads_divide_hidden=heads_divide_hidden,
     )
@@ -360,9 +380,9 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     _llama("llama", heads_divide_hidden=True),
-    _llama("mistral"),
-    _llama("qwen2"),
-    _llama("qwen3", {"self_attn.q_norm": Fixed(), "self_attn.k_norm": Fixed()}),
+    _llama("mistral", replace(_LLAMA_ATTENTION, window="config")),
+    _llama("qwen2", replace(_LLAMA_ATTENTION, window="module")),
+    _llama("qwen3", replace(_LLAMA_ATTENTION, query_norm="q_norm", key_norm="k_norm", window="module")),
 )
 
 

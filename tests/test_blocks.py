@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mlfs.convert
 from mlfs import SearchSpace, SuperTransformer
@@ -17,7 +18,8 @@ from tests.supernets import distance, elastic, perturb, subnets_of
 FUSED = ("bert", "roberta", "gpt2", "gpt_bigcode-mqa", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 WHOLLY = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")  # all of a layer but its attention
 # passes that PyTorch makes between the linear layers
-PASSES = ("gelu", "silu", "native_layer_norm", "rsqrt")
+PASSES = ("gelu", "silu", "native_layer_norm", "rsqrt", "neg")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Calls(TorchDispatchMode):
@@ -87,7 +89,7 @@ def test_they_run_on_the_kernels_too(name, unfused):
 
 @pytest.mark.parametrize("name", WHOLLY)
 def test_between_linear_layers_nothing_runs_but_attention(name, unfused):
-    """On kernels, the activation, the residual and the norm make no pass of their own."""
+    """On kernels, the activation, the residual, the norm and rotary embeddings make no pass of their own."""
     pytest.importorskip("triton")
     mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
     with use_backend("triton"), torch.no_grad():
@@ -98,7 +100,8 @@ def test_between_linear_layers_nothing_runs_but_attention(name, unfused):
     # the norms over head_dim are the model's own
     own = {"rsqrt": 2 * mine.dimensions.layers} if name == "qwen3" else {}
     assert {key: calls.seen[key] for key in PASSES if calls.seen[key]} == own
-    assert others.seen["add"] - calls.seen["add"] == 2 * mine.dimensions.layers
+    sums = 4 if name in ROTARY else 2
+    assert others.seen["add"] - calls.seen["add"] == sums * mine.dimensions.layers
 
 
 @pytest.mark.parametrize(("name", "field", "value"), [("bert", "hidden_act", "relu"), ("llama", "hidden_act", "gelu")])
@@ -153,6 +156,70 @@ def test_dropout_of_a_block_is_the_models(unfused):
         again = (block(ones, torch.zeros(200, 48)) < 0).float().mean()
     assert dropped.item() == pytest.approx(0.25, abs=0.02)
     assert dropped != again
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_attention_gets_what_the_model_gives_it(name, unfused, monkeypatch, reference):
+    """Bit for bit: queries, keys, values, and all options (window, dropout while training, scaling)."""
+    sdpa, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def attend(module, *tensors, **options):
+        seen.append((module.layer_idx, *tensors, sorted(options), *(options[key] for key in sorted(options))))
+        return sdpa(module, *tensors, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+    mine, theirs = elastic(name, suffix_of(name)).train(), unfused(name, suffix_of(name)).train()
+    for supernet in (mine, theirs):
+        supernet.config.attention_dropout = 0.25
+        for layer in supernet.layers:
+            layer.self_attn.attention_dropout = 0.25
+        torch.manual_seed(5)
+        supernet(**inputs("left"))
+    half = len(seen) // 2
+    assert half == mine.dimensions.layers
+    for one, other in zip(seen[:half], seen[half:], strict=True):
+        assert len(one) == len(other) and "dropout" in one[5]
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ROTARY)
+def test_attention_of_each_kind_has_the_models_bits(name, implementation, unfused, reference):
+    """Also token by token, from the cache, and its weights, where there are any."""
+    mine, theirs = elastic(name, "ForCausalLM"), unfused(name, "ForCausalLM")
+    outcomes = []
+    for supernet in (mine, theirs):
+        supernet.model.set_attn_implementation(implementation)
+        with supernet.activate(subnets_of(name)["uniform"]), torch.no_grad():
+            out = supernet(**inputs("left"), output_attentions=implementation == "eager")
+            made = supernet.generate(**inputs("left"), max_new_tokens=6, output_logits=True,
+                                     return_dict_in_generate=True)  # fmt: skip
+        outcomes.append([out.logits, *(out.attentions or ()), made.sequences, *made.logits])
+    assert len(outcomes[0]) == 2 + 6 + (3 if implementation == "eager" else 0)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_rotary_embeddings_on_the_kernel_take_caches_rows_and_checkpoints(name, unfused):
+    pytest.importorskip("triton")
+    mine, theirs = elastic(name, "ForCausalLM"), unfused(name, "ForCausalLM")
+    subnets = list(subnets_of(name).values())[-3:]
+    outcomes = []
+    for supernet, backend in ((mine, "triton"), (theirs, "reference")):
+        with use_backend(backend):
+            with supernet.activate(subnets[0]), torch.no_grad():
+                made = supernet.generate(**inputs("left"), max_new_tokens=4, output_logits=True,
+                                         return_dict_in_generate=True)  # fmt: skip
+            supernet.model.gradient_checkpointing_enable({"use_reentrant": False})
+            supernet.train()
+            with supernet.activate_rows(subnets):
+                supernet(**inputs(), use_cache=False).logits.square().mean().backward()
+        gradients = [p.grad for p in supernet.parameters() if p.grad is not None]
+        outcomes.append([torch.stack(made.logits), *gradients])
+    assert len(outcomes[0]) > 10
+    for a, b in zip(*outcomes, strict=True):
+        assert distance(a, b) < 1e-4
 
 
 def test_an_extracted_model_has_the_models_own_blocks():
