@@ -8,29 +8,36 @@
 
 namespace mlfs {
 
-constexpr int64_t RANKS = 16;  // a whole number of vectors of any instruction set
-
 enum Activation { NONE, GELU, GELU_TANH, SILU_MUL };
 
-// h = x · down, y = act(z + bias + h · up) * operand + residual; rows of y are `m` numbers. Null pointers leave a term out.
+// Numbers a (rows, depth) and b (columns, depth), of any strides, of which a product takes a · bᵀ
 template <typename T>
-struct Finish {
-  int64_t m, n, ranks;
+struct Piece {
+  const T* a;
+  int64_t a_i, a_k;  // from row to row, and along the depth
+  const T* b;
+  int64_t b_j, b_k;
+  int64_t depth;
+};
+
+// y = act(scale * Σ a · bᵀ + bias) * operand + residual over pieces one after the other in the same sum. Rows of z, y,
+// operand and residual are `columns` numbers side by side; null pointers leave a term out.
+template <typename T>
+struct Product {
+  int64_t rows, columns;
+  const Piece<T>* pieces;
+  int64_t count;
+  T scale;
   int activation;
-  const T* x;  // (rows, n)
-  int64_t x_stride;
-  const T* down;  // (n, ranks in steps of RANKS), zeros after the ranks
-  T* z;         // (rows, m): the product; what goes into act is written here if `keep`
-  bool keep;
-  const T* bias;  // (m)
-  T* h;         // (rows, ranks), written
-  const T* up;  // (ranks, m)
-  int64_t up_stride;
+  const T* bias;  // (columns)
+  T* z;           // what goes into act, written if wanted
+  int64_t z_stride;
   const T* operand;
   int64_t operand_stride;
   const T* residual;
   int64_t residual_stride;
-  T* y;  // (rows, m); may be z if z is not kept
+  T* y;
+  int64_t y_stride;
 };
 
 // dz = dy * act'(z) * operand, d_operand = dy * SiLU(z), element by element
@@ -68,29 +75,47 @@ struct AddNormBackward {
   T *dw, *db;          // (n), added to; null where the norm does not train
 };
 
-// o = dropout(softmax(scale * q kᵀ)) v for the tokens of one sequence and one head
+// What attends to what: the queries [from, to) of a batch row to its keys [first, last); with a causal mask, query i only
+// to keys up to `position` + i - from
+struct Range {
+  int64_t row, from, to, first, last, position;
+};
+
+// Numbers (batch row, token, head, dim), the last side by side
+template <typename T>
+struct Heads {
+  T* at;
+  int64_t row, token, head;  // from one to the next
+
+  T* operator()(int64_t r, int64_t t, int64_t h) const { return at + r * row + t * token + h * head; }
+};
+
+// o = dropout(softmax(scale * q kᵀ)) v. `group` heads of q share one of k and v.
 template <typename T>
 struct Attention {
-  int64_t heads, dim;
-  int64_t q_stride, k_stride, v_stride;  // from token to token
+  int64_t tokens, heads, group, dim;  // tokens: of a batch row of q
+  bool causal;
   double scale, p;
   uint64_t seed;
-  const T *q, *k, *v;  // (tokens, heads, dim)
-  T* o;                // (tokens, heads, dim)
-  T* lse;              // (tokens, heads): log of the sum of exponentials
-  const T* d_o;
-  T *dq, *dk, *dv;
+  Heads<const T> q, k, v;
+  Heads<T> o;
+  T* lse;  // (rows, tokens, heads): log of the sum of exponentials
+  Heads<const T> d_o;
+  Heads<T> dq, dk, dv;  // dk and dv are added to
 };
 
 template <typename T>
 struct Kernels {
   const char* name;
-  void (*finish)(const Finish<T>&, int64_t begin, int64_t end);
+  int64_t rows, width;  // of a tile of a product
+  void (*multiply)(const Product<T>&, int64_t row, int64_t last_row, int64_t column, int64_t last_column);
   void (*activation_backward)(const ActivationBackward<T>&, int64_t begin, int64_t end);
   void (*add_norm)(const AddNorm<T>&, int64_t begin, int64_t end);
   void (*add_norm_backward)(const AddNormBackward<T>&, int64_t begin, int64_t end);
-  void (*attention)(const Attention<T>&, int64_t head, int64_t begin, int64_t end);
-  void (*attention_backward)(const Attention<T>&, int64_t head, int64_t begin, int64_t end);
+  void (*attention)(const Attention<T>&, const Range&, int64_t head);           // a head of q
+  void (*attention_backward)(const Attention<T>&, const Range&, int64_t head);  // a head of k and v
+  // y = x · cos + turn(x) · sin, or the transposed rotation, for the heads of one token, `x_head` and `dim` apart
+  void (*rotate)(const T* x, int64_t x_head, int64_t heads, int64_t dim, const T* cos, const T* sin, bool back, T* y);
   // 1 / (1 - p) or 0 for numbers (row, 0 .. n)
   void (*dropout_mask)(uint64_t seed, double p, int64_t row, int64_t n, T* mask);
 };

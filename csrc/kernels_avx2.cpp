@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -14,6 +15,8 @@
 #define INSTRUCTIONS "avx2"
 
 namespace mlfs {
+#include "vectors.inc"
+#include "product.inc"
 #include "kernels.inc"
 
 const Kernels<float>& avx2_float() { return TABLE<float>; }

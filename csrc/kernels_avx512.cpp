@@ -1,8 +1,11 @@
 // The kernels for AVX-512.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -14,6 +17,8 @@
 #define INSTRUCTIONS "avx512"
 
 namespace mlfs {
+#include "vectors.inc"
+#include "product.inc"
 #include "kernels.inc"
 
 const Kernels<float>& avx512_float() { return TABLE<float>; }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -10,6 +11,8 @@
 #define INSTRUCTIONS "plain"
 
 namespace mlfs {
+#include "vectors.inc"
+#include "product.inc"
 #include "kernels.inc"
 
 const Kernels<float>& plain_float() { return TABLE<float>; }

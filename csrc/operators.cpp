@@ -1,13 +1,9 @@
-// The operators of mlfs/ops for CPUs: matrix products by the library (ATen), everything between them by kernels.h.
+// The operators of mlfs/ops for CPUs but the linear layers (linear.cpp), and the module that has them all.
 //
 // Tensors are checked in Python; here all have one type (float or double), and those called rows are contiguous.
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
 
-#include <cmath>
-#include <cstring>
-
-#include "kernels.h"
+#include "operators.h"
 
 namespace mlfs {
 
@@ -51,146 +47,7 @@ const Kernels<double>& kernels<double>() {
 
 namespace {
 
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<int64_t>;
-
-template <typename T>
-T* data(const Tensor& t) {
-  return t.data_ptr<T>();
-}
-
-template <typename T>
-T* data(const Maybe& t) {
-  return t ? t->data_ptr<T>() : nullptr;
-}
-
-Maybe contiguous(const Maybe& t) { return t ? Maybe(t->contiguous()) : t; }
-
-Tensor rows_contiguous(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
-
 int64_t grain(int64_t numbers_a_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(numbers_a_row, 1)); }
-
-int64_t length_of(const Numbers& spans) {
-  int64_t m = 0;
-  for (size_t i = 1; i < spans.size(); i += 2) m += spans[i];
-  return m;
-}
-
-// rows of t (or numbers of a vector) that the spans name, side by side; a view where there is one span
-Tensor select(const Tensor& t, const Numbers& spans) {
-  if (spans.size() == 2) return t.narrow(0, spans[0], spans[1]);
-  Tensors parts;
-  for (size_t i = 0; i < spans.size(); i += 2) parts.push_back(t.narrow(0, spans[i], spans[i + 1]));
-  return at::cat(parts);
-}
-
-// Columns of t (R, M) that the spans name, side by side; a view where there is one span
-Tensor select_columns(const Tensor& t, const Numbers& spans) {
-  if (spans.size() == 2) return t.narrow(1, spans[0], spans[1]);
-  Tensors parts;
-  for (size_t i = 0; i < spans.size(); i += 2) parts.push_back(t.narrow(1, spans[i], spans[i + 1]));
-  return at::cat(parts, 1);
-}
-
-// The stages side by side, as the kernel reads them: c_s · A_sᵀ (N, ranks in whole steps), and B_sᵀ (ranks, M)
-std::tuple<Tensor, Tensor> pack(const Tensors& a, const Tensors& b, const std::vector<double>& scales) {
-  at::NoGradGuard no_grad;
-  int64_t ranks = 0, first = 0;
-  for (const Tensor& t : a) ranks += t.size(0);
-  if (!ranks) throw std::invalid_argument("pack: no stages");
-  const Tensor down = at::zeros({a[0].size(1), (ranks + RANKS - 1) / RANKS * RANKS}, a[0].options());
-  const Tensor up = at::empty({ranks, b[0].size(0)}, b[0].options());
-  for (size_t s = 0; s < a.size(); first += a[s].size(0), s++) {
-    down.narrow(1, first, a[s].size(0)).copy_(a[s].t()).mul_(scales[s]);
-    up.narrow(0, first, a[s].size(0)).copy_(b[s].t());
-  }
-  return {down, up};
-}
-
-// The stages of a layer, packed; packed again where what they were packed from has changed, however that was written.
-class Stages {
- public:
-  void update(const Tensors& a, const Tensors& b, const std::vector<double>& scales) {
-    if (scales == scales_ && same(a, a_) && same(b, b_)) return;
-    a_.clear(), b_.clear(), scales_ = scales, down = up = std::nullopt;
-    for (const Tensor& t : a) a_.push_back(t.detach().clone(at::MemoryFormat::Contiguous));
-    for (const Tensor& t : b) b_.push_back(t.detach().clone(at::MemoryFormat::Contiguous));
-    if (!a.empty()) std::tie(down, up) = pack(a, b, scales);
-  }
-
-  Maybe down, up;
-
- private:
-  static bool same(const Tensors& now, const Tensors& before) {
-    if (now.size() != before.size()) return false;
-    for (size_t i = 0; i < now.size(); i++) {
-      const Tensor &x = now[i], &y = before[i];
-      if (x.sizes() != y.sizes() || x.scalar_type() != y.scalar_type() || !x.is_contiguous()) return false;
-      if (memcmp(x.data_ptr(), y.data_ptr(), x.nbytes())) return false;
-    }
-    return true;
-  }
-
-  Tensors a_, b_;
-  std::vector<double> scales_;
-};
-
-// y (T, m), h (T, R) = x · A_sᵀ · c_s side by side, z (T, m) before the activation if kept; see mlfs.ops.sliced_linear.
-// down, up: of `pack`, or nothing; of `down` the leading rows are read.
-std::tuple<Tensor, Tensor, Tensor> linear_forward(const Tensor& x_, const Tensor& weight, const Maybe& bias,
-                                                  const Maybe& down, const Maybe& up_, const Numbers& spans,
-                                                  int64_t activation, const Maybe& operand_, const Maybe& residual_,
-                                                  bool keep) {
-  at::NoGradGuard no_grad;
-  const Tensor x = down ? rows_contiguous(x_) : x_;
-  const int64_t rows = x.size(0), n = x.size(1), m = length_of(spans), ranks = down ? up_->size(0) : 0;
-  TORCH_CHECK(n <= weight.size(1) && (!down || n <= down->size(0)), "x has ", n, " columns, W ", weight.size(1));
-  for (const Maybe& t : {operand_, residual_})
-    TORCH_CHECK(!t || (t->size(0) == rows && t->size(1) == m), "operand or residual of ", t ? t->sizes() : x.sizes(),
-                ", the product is of ", rows, " x ", m);
-  keep = keep && activation != NONE;
-  const Tensor z = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
-  const Tensor y = keep ? at::empty_like(z) : z, kept = keep ? z : at::empty({0}, x.options());
-  if (z.numel() == 0) return {y, h.zero_(), kept};
-  for (size_t i = 0, column = 0; i < spans.size(); column += spans[i + 1], i += 2) {
-    Tensor part = z.narrow(1, column, spans[i + 1]);
-    at::mm_out(part, x, weight.narrow(0, spans[i], spans[i + 1]).narrow(1, 0, n).t());
-  }
-  const Maybe operand = operand_ ? Maybe(rows_contiguous(*operand_)) : operand_;
-  const Maybe residual = residual_ ? Maybe(rows_contiguous(*residual_)) : residual_;
-  const Maybe shift = bias ? Maybe(select(*bias, spans).contiguous()) : bias;
-  const Maybe up = down ? Maybe(select_columns(*up_, spans)) : down;
-  if (!shift && !down && activation == NONE && !residual) return {y, h, kept};
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linear_forward", [&] {
-    Finish<scalar_t> work = {};
-    work.m = m, work.n = n, work.ranks = ranks, work.activation = activation, work.keep = keep;
-    work.x = data<scalar_t>(x), work.x_stride = x.stride(0), work.down = data<scalar_t>(down);
-    work.z = data<scalar_t>(z), work.y = data<scalar_t>(y), work.h = data<scalar_t>(h);
-    work.bias = data<scalar_t>(shift), work.up = data<scalar_t>(up), work.up_stride = up ? up->stride(0) : 0;
-    work.operand = data<scalar_t>(operand), work.operand_stride = operand ? operand->stride(0) : 0;
-    work.residual = data<scalar_t>(residual), work.residual_stride = residual ? residual->stride(0) : 0;
-    at::parallel_for(0, rows, grain(m), [&](int64_t i, int64_t j) { kernels<scalar_t>().finish(work, i, j); });
-  });
-  return {y, h, kept};
-}
-
-// The same without what a backward pass needs, for stages that seldom change; x and y may have any leading dimensions.
-Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias, Stages& stages, const Tensors& a,
-              const Tensors& b, const std::vector<double>& scales, const Numbers& spans, int64_t activation,
-              const Maybe& operand, const Maybe& residual) {
-  at::NoGradGuard no_grad;
-  const int64_t n = x.size(-1), m = length_of(spans);
-  const auto flat = [&](const Maybe& t) { return t ? Maybe(t->reshape({-1, m})) : t; };
-  stages.update(a, b, scales);
-  const Tensor y = std::get<0>(linear_forward(x.reshape({x.numel() / std::max<int64_t>(n, 1), n}), weight, bias,
-                                              stages.down, stages.up, spans, activation, flat(operand), flat(residual),
-                                              false));
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = m;
-  return y.view(shape);
-}
 
 std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& z, const Maybe& operand_,
                                                int64_t activation) {
@@ -207,12 +64,13 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& 
   return {dz, d_operand};
 }
 
-// (y, s); s is x where nothing is added or dropped
+}  // namespace
+
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x_, const Maybe& residual_, const Maybe& weight, const Maybe& bias,
                                     double eps, bool rms, double p, uint64_t seed) {
   at::NoGradGuard no_grad;
   const Tensor x = rows_contiguous(x_), y = at::empty(x.sizes(), x.options());
-  const Maybe residual = residual_ ? Maybe(rows_contiguous(*residual_)) : residual_;
+  const Maybe residual = rows_contiguous(residual_);
   const Maybe w = contiguous(weight), b = contiguous(bias);
   TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "x and residual differ in shape");
   for (const Maybe& t : {w, b}) TORCH_CHECK(!t || t->size(0) == x.size(1), "weight or bias shorter than rows of x");
@@ -227,6 +85,8 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x_, const Maybe& residual_, co
   });
   return {y, s};
 }
+
+namespace {
 
 // (dx, d_residual or nothing where it is dx, dw, db (n,) or nothing)
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy_, const Maybe& ds_, const Tensor& s_,
@@ -259,59 +119,109 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy_, 
 }
 
 template <typename T>
-Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale, double p, uint64_t seed) {
+Heads<T> heads_of(const Tensor& t) {
+  return {const_cast<T*>(t.data_ptr<std::remove_const_t<T>>()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Checks everything that the kernels rely on. The columns of `ranges` are the members of `Range`.
+template <typename T>
+Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ranges, bool causal,
+                          double scale, double p, uint64_t seed) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
+                  k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0,
+              "attention of q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
+  TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v differ in type");
+  TORCH_CHECK(ranges.scalar_type() == at::kLong && ranges.is_contiguous() && ranges.dim() == 2 && ranges.size(1) == 6,
+              "ranges: expected int64 (any, 6)");
+  const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
+  for (int64_t i = 0; i < ranges.size(0); i++) {
+    const Range& r = all[i];
+    TORCH_CHECK(r.row >= 0 && r.row < q.size(0) && 0 <= r.from && r.from <= r.to && r.to <= q.size(1) &&
+                    0 <= r.first && r.first <= r.last && r.last <= k.size(1),
+                "range ", i, " is outside of q ", q.sizes(), " or k ", k.sizes());
+    const Range* before = i ? &all[i - 1] : nullptr;
+    TORCH_CHECK(!before || r.row > before->row ||
+                    (r.row == before->row && r.from >= before->to && r.first >= before->last),
+                "range ", i, " overlaps the one before, or does not follow it");
+  }
   Attention<T> work = {};
-  work.heads = q.size(1), work.dim = q.size(2);
-  work.q_stride = q.stride(0), work.k_stride = k.stride(0), work.v_stride = v.stride(0);
-  work.scale = scale, work.p = p, work.seed = seed;
-  work.q = data<T>(q), work.k = data<T>(k), work.v = data<T>(v);
+  work.tokens = q.size(1), work.heads = q.size(2), work.group = q.size(2) / k.size(2), work.dim = q.size(3);
+  work.causal = causal, work.scale = scale, work.p = p, work.seed = seed;
+  work.q = heads_of<const T>(q), work.k = heads_of<const T>(k), work.v = heads_of<const T>(v);
   return work;
 }
 
-// Runs `one(head, begin, end)` for every head of every sequence
+// Runs `one(range, head)` for every range and head
 template <typename F>
-void over_heads(const Tensor& offsets, int64_t heads, const F& one) {
-  const int64_t* ends = offsets.data_ptr<int64_t>();
-  at::parallel_for(0, (offsets.numel() - 1) * heads, 1, [&](int64_t from, int64_t to) {
+void over_heads(const Tensor& ranges, int64_t heads, const F& one) {
+  const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
+  at::parallel_for(0, ranges.size(0) * heads, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++)
-      if (ends[i / heads + 1] > ends[i / heads]) one(i % heads, ends[i / heads], ends[i / heads + 1]);
+      if (all[i / heads].to > all[i / heads].from) one(all[i / heads], i % heads);
   });
 }
 
-Tensor by_heads(const Tensor& t) {
-  return t.stride(2) == 1 && t.stride(1) == t.size(2) ? t : t.contiguous();
-}
+}  // namespace
 
-// q, k, v (tokens, heads, dim); offsets: where each sequence starts, and the end. (o, lse (tokens, heads))
-std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& offsets,
-                                     double scale, double p, uint64_t seed) {
+std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& ranges,
+                                     bool causal, double scale, double p, uint64_t seed) {
   at::NoGradGuard no_grad;
-  const Tensor q = by_heads(q_), k = by_heads(k_), v = by_heads(v_);
-  const Tensor o = at::empty(q.sizes(), q.options()), lse = at::empty({q.size(0), q.size(1)}, q.options());
+  const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
+  const Tensor o = at::zeros(q.sizes(), q.options());
+  const Tensor lse = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "attention", [&] {
-    auto work = attention_of<scalar_t>(q, k, v, scale, p, seed);
-    work.o = data<scalar_t>(o), work.lse = data<scalar_t>(lse);
-    over_heads(offsets, q.size(1), [&](int64_t head, int64_t begin, int64_t end) {
-      kernels<scalar_t>().attention(work, head, begin, end);
-    });
+    auto work = attention_of<scalar_t>(q, k, v, ranges, causal, scale, p, seed);
+    work.o = heads_of<scalar_t>(o), work.lse = data<scalar_t>(lse);
+    over_heads(ranges, q.size(2), [&](const Range& r, int64_t head) { kernels<scalar_t>().attention(work, r, head); });
   });
   return {o, lse};
 }
 
-Tensors attention_backward(const Tensor& d_o_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& o,
-                           const Tensor& lse, const Tensor& offsets, double scale, double p, uint64_t seed) {
+namespace {
+
+Tensors attention_backward(const Tensor& d_o_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& o_,
+                           const Tensor& lse_, const Tensor& ranges, bool causal, double scale, double p,
+                           uint64_t seed) {
   at::NoGradGuard no_grad;
-  const Tensor q = by_heads(q_), k = by_heads(k_), v = by_heads(v_), d_o = d_o_.contiguous();
-  const Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty_like(dq), dv = at::empty_like(dq);
+  const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_), d_o = rows_contiguous(d_o_);
+  const Tensor o = rows_contiguous(o_), lse = lse_.contiguous(), dq = at::zeros(q.sizes(), q.options());
+  const Tensor dk = at::zeros(k.sizes(), q.options()), dv = at::zeros(k.sizes(), q.options());
+  TORCH_CHECK(o.sizes() == q.sizes() && d_o.sizes() == q.sizes() && lse.numel() * q.size(3) == q.numel(),
+              "attention's gradient of ", d_o.sizes(), ", q is of ", q.sizes());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "attention_backward", [&] {
-    auto work = attention_of<scalar_t>(q, k, v, scale, p, seed);
-    work.o = data<scalar_t>(o), work.lse = data<scalar_t>(lse), work.d_o = data<scalar_t>(d_o);
-    work.dq = data<scalar_t>(dq), work.dk = data<scalar_t>(dk), work.dv = data<scalar_t>(dv);
-    over_heads(offsets, q.size(1), [&](int64_t head, int64_t begin, int64_t end) {
-      kernels<scalar_t>().attention_backward(work, head, begin, end);
+    auto work = attention_of<scalar_t>(q, k, v, ranges, causal, scale, p, seed);
+    work.o = heads_of<scalar_t>(o), work.lse = data<scalar_t>(lse), work.d_o = heads_of<const scalar_t>(d_o);
+    work.dq = heads_of<scalar_t>(dq), work.dk = heads_of<scalar_t>(dk), work.dv = heads_of<scalar_t>(dv);
+    over_heads(ranges, k.size(2), [&](const Range& r, int64_t head) {
+      kernels<scalar_t>().attention_backward(work, r, head);
     });
   });
   return {dq, dk, dv};
+}
+
+// q and k (rows, tokens, heads, dim), cos and sin (rows or 1, tokens, dim): see mlfs.ops.rotary
+std::tuple<Tensor, Tensor> rotary(const Tensor& q_, const Tensor& k_, const Tensor& cos_, const Tensor& sin_, bool back) {
+  at::NoGradGuard no_grad;
+  const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), cos = cos_.contiguous(), sin = sin_.contiguous();
+  const int64_t rows = q.size(0), tokens = q.size(1), dim = q.size(3);
+  TORCH_CHECK(k.size(0) == rows && k.size(1) == tokens && k.size(3) == dim && dim % 2 == 0 &&
+                  cos.sizes() == sin.sizes() && (cos.size(0) == rows || cos.size(0) == 1) && cos.size(1) == tokens &&
+                  cos.size(2) == dim,
+              "rotary embeddings of q ", q.sizes(), ", k ", k.sizes(), ", cos ", cos.sizes());
+  for (const Tensor& t : {k, cos, sin}) TORCH_CHECK(t.scalar_type() == q.scalar_type(), "q, k, cos, sin differ in type");
+  const Tensor one = at::empty(q.sizes(), q.options()), two = at::empty(k.sizes(), k.options());
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rotary", [&] {
+    at::parallel_for(0, rows * tokens, grain(q.size(2) * dim), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t row = i / tokens, token = i % tokens, angle = (cos.size(0) == 1 ? token : i) * dim;
+        for (const auto& [x, y] : {std::pair<const Tensor&, const Tensor&>{q, one}, {k, two}})
+          kernels<scalar_t>().rotate(data<scalar_t>(x) + row * x.stride(0) + token * x.stride(1), x.stride(2), x.size(2),
+                                     dim, data<scalar_t>(cos) + angle, data<scalar_t>(sin) + angle, back,
+                                     data<scalar_t>(y) + i * y.size(2) * dim);
+      }
+    });
+  });
+  return {one, two};
 }
 
 // (rows, columns): 1 / (1 - p), or 0 for what dropout drops
@@ -338,18 +248,16 @@ std::string limit_instructions(int level) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto free = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("pack", &mlfs::pack, free);
-  pybind11::class_<mlfs::Stages>(m, "Stages")
-      .def(pybind11::init<>())
-      .def(pybind11::pickle([](const mlfs::Stages&) { return pybind11::tuple(); },  // a copy packs anew
-                            [](const pybind11::tuple&) { return mlfs::Stages(); }));
-  m.def("linear", &mlfs::linear);
+  m.def("linear", &mlfs::linear, free);
+  m.def("encoder_layer", &mlfs::encoder_layer, free);
   m.def("linear_forward", &mlfs::linear_forward, free);
+  m.def("linear_backward", &mlfs::linear_backward, free);
   m.def("activation_backward", &mlfs::activation_backward, free);
   m.def("add_norm", &mlfs::add_norm, free);
   m.def("add_norm_backward", &mlfs::add_norm_backward, free);
   m.def("attention", &mlfs::attention, free);
   m.def("attention_backward", &mlfs::attention_backward, free);
+  m.def("rotary", &mlfs::rotary, free);
   m.def("dropout_mask", &mlfs::dropout_mask, free);
   m.def("instructions", &mlfs::instructions);
   m.def("limit_instructions", &mlfs::limit_instructions);

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
-from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, RotaryAttention, SelfAttention
-from mlfs.ops.attention import packed_attention
-from mlfs.ops.backend import backend_of
+from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, together
+from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PostNorm, PreNorm, RotaryAttention, SelfAttention
+from mlfs.ops.attention import ragged_attention, ranges_of_keys, ranges_of_sequences
+from mlfs.ops.backend import backend_of, is_direct
+from mlfs.ops.layers import encoder_layer
 from mlfs.ops.rotary import rotary
 from mlfs.sizes import RowSizes
 
 Forward = Callable[..., Any]
-_LINEAR = ("linear", "gate", "up", "down", "query", "key", "value", "out")  # roles in a block
+_LINEAR = ("linear", "gate", "up", "down", "query", "key", "value", "out", "attention_out")  # roles in a block
 _KNOWN = {
     type(ACT2FN[name]): activation
     for name, activation in (
@@ -39,10 +41,10 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
     """The forward pass of `module` (a function of it and its inputs), or None where it has to run as it is: its
     activation is none the kernels know, or a part is not elastic."""
     for role, name in vars(spec).items():
-        part = getattr(module, name, None) if name else None
+        part = attrgetter(name)(module) if name and role != "window" else None
         if role in _LINEAR and not isinstance(part, ElasticLinear):
             return None
-        if role in ("norm", "mlp_norm") and not isinstance(part, (ElasticLayerNorm, ElasticRMSNorm)):
+        if role in ("norm", "mlp_norm", "last_norm") and not isinstance(part, (ElasticLayerNorm, ElasticRMSNorm)):
             return None
     if isinstance(spec, AddNorm):
         return _add_norm(spec)
@@ -52,9 +54,11 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
         return _rotary_attention(spec, type(module).forward)
     if isinstance(spec, PreNorm):
         return _pre_norm(spec, type(module).forward)
-    activation = _KNOWN.get(type(getattr(module, spec.activation)))
+    activation = _KNOWN.get(type(attrgetter(spec.activation)(module)))
     if activation is None or (activation == "silu_mul") != isinstance(spec, GatedMLP):
         return None
+    if isinstance(spec, PostNorm):
+        return _post_norm(spec, activation, type(module).forward)
     if isinstance(spec, GatedMLP):
         return _gated_mlp(spec)
     forward = _activated(spec, activation) if isinstance(spec, Activated) else _mlp(spec, activation)
@@ -124,6 +128,35 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
 
 
 @functools.cache
+def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
+    """By one call of the extension for CPUs where nothing goes on between the parts: no gradients, dropout or hooks."""
+    names = [name for role, name in vars(spec).items() if role != "activation"]
+    parents = {name.rpartition(".")[0] for name in names} | {spec.attention.rpartition(".")[0]}
+    parts_of, outer_of = attrgetter(*names), attrgetter(*sorted(parents - {"", *names}))
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self.training and attention_mask is not None and attention_mask.dtype == torch.long:
+            parts, outer = parts_of(self), outer_of(self)
+            attention, query, key, value, attention_out, norm, up, down, last_norm = parts
+            linears = query, key, value, attention_out, up, down
+            layers = [linear.reads_now() for linear in linears]
+            if is_direct(hidden_states, *(layer[0] for layer in layers)) and not any(map(_has_hooks, parts + outer)):
+                return encoder_layer(
+                    hidden_states, layers[:3], layers[3], norm.reads_now(), layers[4], activation, layers[5],
+                    last_norm.reads_now(), attention_mask, attention.attention_head_size, attention.scaling,
+                )  # fmt: skip
+        return original(self, hidden_states, attention_mask, *args, **kwargs)
+
+    return forward
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@functools.cache
 def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
     def forward(
         self: Any,
@@ -136,8 +169,8 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         if attend is None:  # eager attention, which each model has its own of
             return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        projections = (getattr(self, name)(hidden_states) for name in (spec.query, spec.key, spec.value))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
+        parts = together([getattr(self, name) for name in (spec.query, spec.key, spec.value)], hidden_states)
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
         q = getattr(self, spec.query_norm)(q) if spec.query_norm else q
         k = getattr(self, spec.key_norm)(k) if spec.key_norm else k
         q, k, v = (t.transpose(1, 2) for t in (*rotary(q, k, *position_embeddings), v))
@@ -147,10 +180,27 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
             owner = self if spec.window == "module" else self.config
             kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
         p = self.attention_dropout if self.training else 0.0
-        o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        if _sees_all_before(self, q, k, attention_mask, kwargs):
+            ranges = ranges_of_keys([(0, k.shape[2])] * k.shape[0], q.shape[2], k.shape[2] - q.shape[2])
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            o, weights = ragged_attention(q, k, v, ranges, self.scaling, causal=True, p=p), None
+        else:
+            o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
         return getattr(self, spec.out)(o.flatten(2)), weights
 
     return forward
+
+
+def _sees_all_before(module: Any, q: Tensor, k: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+    """Whether each query sees its key and all before it, and the extension for CPUs may compute that."""
+    window = options.get("sliding_window")
+    return (
+        mask is None
+        and module.config._attn_implementation == "sdpa"
+        and (window is None or k.shape[2] <= window)
+        and not torch.compiler.is_compiling()
+        and backend_of(q, k) == "cpp"
+    )
 
 
 @functools.cache
@@ -158,14 +208,12 @@ def _self_attention(spec: SelfAttention, original: Forward) -> Forward:
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if attention_mask is None or attention_mask.dim() != 1:
+        if attention_mask is None or attention_mask.dtype != torch.long:
             return original(self, hidden_states, attention_mask, *args, **kwargs)
-        x = hidden_states[0]
-        parts = [getattr(self, name)(x) for name in (spec.query, spec.key, spec.value)]
-        q, k, v = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
+        parts = together([getattr(self, name) for name in (spec.query, spec.key, spec.value)], hidden_states)
+        q, k, v = (part.view(*part.shape[:-1], -1, self.attention_head_size) for part in parts)
         p = getattr(self, spec.dropout).p if self.training else 0.0
-        o = packed_attention(q, k, v, attention_mask, self.scaling, p)
-        return o.flatten(1).unsqueeze(0), None
+        return ragged_attention(q, k, v, attention_mask, self.scaling, p=p).flatten(2), None
 
     return forward
 
@@ -199,41 +247,44 @@ def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
 
 
 @functools.cache
-def packed_encoder(original: Forward) -> Forward:
-    """The forward pass of an encoder that packs its sequences, runs its layers, and puts the padding back as zeros.
-
-    The layers take the offsets of the sequences in place of the attention mask.
+def ragged_encoder(original: Forward) -> Forward:
+    """The forward pass of an encoder whose layers take ranges (`mlfs.ops.attention`) in place of the attention mask: no
+    attention is computed to padding, and where it packs, nothing for padding, which is put back as zeros.
     """
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        tokens = _tokens(hidden_states, attention_mask) if _may_pack(self, hidden_states, kwargs) else None
-        if tokens is None:
+        kept = _kept(hidden_states, attention_mask) if _takes_ranges(self, hidden_states, kwargs) else None
+        if kept is None:
             return original(self, hidden_states, attention_mask=attention_mask, **kwargs)
-        offsets = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
-        index = tokens.flatten().nonzero()[:, 0]
+        if not (_packs.get() and bool(kept[:, 0].all())):  # a head may read the first token, whatever it is
+            ranges = _key_ranges(kept)
+            return original(self, hidden_states, attention_mask=attention_mask if ranges is None else ranges, **kwargs)
+        index = kept.flatten().nonzero()[:, 0]
         flat = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(0)
-        out = original(self, flat, attention_mask=offsets, **kwargs)
+        out = original(self, flat, attention_mask=ranges_of_sequences(kept.sum(1).cumsum(0).tolist()), **kwargs)
         last = out.last_hidden_state[0]
-        whole = last.new_zeros(tokens.numel(), last.shape[-1]).index_copy(0, index, last)
-        out.last_hidden_state = whole.unflatten(0, tokens.shape)
+        whole = last.new_zeros(kept.numel(), last.shape[-1]).index_copy(0, index, last)
+        out.last_hidden_state = whole.unflatten(0, kept.shape)
         return out
 
     return forward
 
 
-def _may_pack(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
+def _takes_ranges(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
     return (
         not torch.compiler.is_compiling()  # which cannot trace a context variable
-        and _packs.get()
         and backend_of(hidden_states) == "cpp"
+        # others are the user's own; eager attention may be asked for its weights
+        and encoder.config._attn_implementation in (("sdpa", "eager") if _packs.get() else ("sdpa",))
+        and not encoder.config.is_decoder  # which attends to what is before
         and not any(others.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
         and not isinstance(encoder._follows[0].sizes, RowSizes)
     )
 
 
-def _tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
+def _kept(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which tokens count (batch, length), from a mask (batch, 1, any, length) that is the same for every query: True,
-    or 0 to be added. None where it is not, or a row begins with padding."""
+    or 0 to be added. None where it is not."""
     if mask is None:
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool)
     if mask.dim() != 4 or mask.shape[:2] != (hidden_states.shape[0], 1):
@@ -241,5 +292,13 @@ def _tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask.stride(2) and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
         return None
     row = mask[:, 0, 0]
-    kept = row if row.dtype == torch.bool else row == 0
-    return kept if bool(kept[:, 0].all()) else None  # a head may read the first token, whatever it is
+    return row if row.dtype == torch.bool else row == 0
+
+
+def _key_ranges(kept: Tensor) -> Tensor | None:
+    """Ranges of rows that count (batch, length); None where a row has no token that counts, or a gap."""
+    rows = kept.tolist()
+    keys = [(row.index(True), len(row) - row[::-1].index(True)) for row in rows if True in row]
+    if len(keys) < len(rows) or any(last - first != sum(row) for (first, last), row in zip(keys, rows, strict=True)):
+        return None
+    return ranges_of_keys(keys, kept.shape[1])

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from mlfs.blocks import fused_forward, packed_encoder
+from mlfs.blocks import fused_forward, ragged_encoder
 from mlfs.elastic import Elastic, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
 from mlfs.errors import MLFSError
-from mlfs.families import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm
+from mlfs.families import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
 from mlfs.sizes import Dimensions, Extent, RowSizes, Scope, Sizes
 
 
@@ -58,17 +58,16 @@ def make_elastic(
     for name, module in elastic.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
-    if family.encoder:
-        encoder = model.base_model.get_submodule(family.encoder)
-        packed = packed_encoder(type(encoder).forward)
-        encoder.__class__ = _fused_class(type(encoder), packed)  # type: ignore[assignment, arg-type]
-        _follow(encoder, scope, {})
+    attends_by_ranges = True
     for i, block in enumerate(layers):
+        fused = set()
         for path, spec in family.blocks.items():
             part = block.get_submodule(path)
             if (forward := fused_forward(part, spec)) is None:
                 break
             part.__class__ = _fused_class(type(part), forward)  # type: ignore[assignment, arg-type]
+            fused.add(type(spec))
+        attends_by_ranges &= SelfAttention in fused
         _follow(block, scope, {}, layer=i)
         by_owner: dict[str, dict[str, Extent]] = {}
         for path, count in family.sizes.items():
@@ -76,6 +75,11 @@ def make_elastic(
             by_owner.setdefault(owner, {})[attribute] = _count(count, dims, i)
         for owner, extents in by_owner.items():
             _follow(block.get_submodule(owner), scope, extents)
+    if family.encoder and attends_by_ranges:
+        encoder = model.base_model.get_submodule(family.encoder)
+        ragged = ragged_encoder(type(encoder).forward)
+        encoder.__class__ = _fused_class(type(encoder), ragged)  # type: ignore[assignment, arg-type]
+        _follow(encoder, scope, {})
     return layers
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import cpp, is_direct
+from mlfs.ops.backend import is_direct
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.norm import add_norm
-from mlfs.ops.sliced_linear import direct_linear, finish, sliced_linear, sliced_linear_reference
+from mlfs.ops.sliced_linear import Layer, direct_linears, finish, sliced_linear, sliced_linear_reference
 from mlfs.sizes import Extent, RowSizes, Scope, Sizes
 
 
@@ -114,7 +114,6 @@ class ElasticLinear(Elastic):
         self.train_base(train_base)
         self.train_stage(0 if self.stages else None)
         self._parts: tuple[int, ...] = (self.out_features,)
-        self._packed: Any = None  # the stages as the extension for CPUs reads them
 
     @classmethod
     def from_linear(
@@ -150,22 +149,27 @@ class ElasticLinear(Elastic):
         """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
         if x.shape[-1] > self.in_features:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
-        weight = self._folded if self._folded is not None else self._matrix()
+        rest = activation, operand, residual
+        if (rows := self._row_sizes()) is not None and out_features is None:
+            grouped = grouped_sliced_linear_reference if self.weight.requires_grad else grouped_sliced_linear
+            flat = x.reshape(-1, x.shape[-1])
+            y = grouped(flat, *self._reads_at([])[:-1], self._groups(x, rows)).view(*x.shape[:-1], -1)
+            return finish(y, *rest)
+        layer = self._reads_at(self.spans(out_features))
+        if is_direct(x, layer[0], operand, residual):
+            return direct_linears(x, [layer], *rest)[0]
+        op = sliced_linear_reference if self.weight.requires_grad else sliced_linear
+        return op(x, *layer, *rest)
+
+    def reads_now(self) -> Layer:
+        """(weight, bias, lora_a, lora_b, scales, spans) under the active subnet, in the operators' order."""
+        return self._reads_at(self.spans())
+
+    def _reads_at(self, spans: list[int]) -> Layer:
+        weight = self._matrix() if self._folded is None else self._folded
         live = slice(self.folded_stages, self.live)
         lora = _values(self.lora_A)[live], _values(self.lora_B)[live], self.scales[live]
-        trains = self.weight.requires_grad
-        if (rows := self._row_sizes()) is not None and out_features is None:
-            grouped = grouped_sliced_linear_reference if trains else grouped_sliced_linear
-            flat = x.reshape(-1, x.shape[-1])
-            y = grouped(flat, weight, self.bias, *lora, self._groups(x, rows)).view(*x.shape[:-1], -1)
-            return finish(y, activation, operand, residual)
-        spans, rest = self.spans(out_features), (activation, operand, residual)
-        if is_direct(x, weight, self.bias, *lora[0], *lora[1], operand, residual):
-            if self._packed is None:
-                self._packed = cpp().Stages()
-            return direct_linear(x, weight, self.bias, self._packed, *lora, spans, *rest)
-        op = sliced_linear_reference if trains else sliced_linear
-        return op(x, weight, self.bias, *lora, spans, *rest)
+        return weight, self.bias, *lora, spans
 
     def spans(self, out_features: int | None = None) -> list[int]:
         """The rows of W that are read now, as flat (start, length) pairs."""
@@ -263,6 +267,16 @@ class ElasticLinear(Elastic):
         return spans
 
 
+def together(layers: Sequence[ElasticLinear], x: Tensor) -> list[Tensor]:
+    """layer(x) of each layer, in one call where that is possible."""
+    plain = not any(layer._forward_hooks or layer._forward_pre_hooks or layer._row_sizes() for layer in layers)
+    if plain and x.shape[-1] <= layers[0].in_features:
+        every = [layer.reads_now() for layer in layers]
+        if is_direct(x, *(layer[0] for layer in every)):
+            return direct_linears(x, every)
+    return [layer(x) for layer in layers]
+
+
 class ElasticEmbedding(Elastic):
     """Rows of an embedding table, cut to the leading `features` columns (else the active subnet's, else all).
 
@@ -325,6 +339,10 @@ class ElasticNorm(Elastic):
             y, _ = self._norm(s[start:end, ..., :width])
             parts.append(nn.functional.pad(y, (0, s.shape[-1] - width)))
         return parts[0] if len(parts) == 1 else torch.cat(parts), s
+
+    def reads_now(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """(weight, bias, eps), in the operators' order."""
+        return self.weight, self.bias, self.eps
 
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
         return add_norm(x, residual, self.weight, self.bias, self.eps, self.rms, p, statistics=self.statistics)

@@ -108,6 +108,25 @@ class PreNorm:
 
 
 @dataclass(frozen=True)
+class PostNorm:
+    """A layer that is last_norm(t + down(activation(up(t)))) for t = norm(x + attention_out(attention(x))).
+
+    There is dropout before both sums; its attention is a SelfAttention of the three projections.
+    """
+
+    attention: str
+    query: str
+    key: str
+    value: str
+    attention_out: str
+    norm: str
+    up: str
+    activation: str
+    down: str
+    last_norm: str
+
+
+@dataclass(frozen=True)
 class SelfAttention:
     """A block that is attention both ways between linear projections of x, scaled, with dropout; heads side by side.
 
@@ -138,7 +157,7 @@ class RotaryAttention:
     window: Literal["", "module", "config"] = ""
 
 
-Block = SelfAttention | RotaryAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm
+Block = SelfAttention | RotaryAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm | PostNorm
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,18 @@ _BERT_BLOCKS: dict[str, Block] = {
     "attention.output": AddNorm("dense", "dropout", "LayerNorm"),
     "output": AddNorm("dense", "dropout", "LayerNorm"),
     "intermediate": Activated("dense", "intermediate_act_fn"),
+    "": PostNorm(
+        attention="attention.self",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        attention_out="attention.output.dense",
+        norm="attention.output.LayerNorm",
+        up="intermediate.dense",
+        activation="intermediate.intermediate_act_fn",
+        down="output.dense",
+        last_norm="output.LayerNorm",
+    ),
 }
 _BERT_OUTER: dict[str, Module] = {
     "embeddings.word_embeddings": Embedding(),

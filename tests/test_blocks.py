@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import mlfs.blocks
 import mlfs.convert
 from mlfs import SearchSpace, SuperTransformer
 from mlfs.blocks import reads_no_padding, without_padding
@@ -222,6 +223,108 @@ def test_rotary_embeddings_on_the_kernel_take_caches_rows_and_checkpoints(name, 
         assert distance(a, b) < 1e-4
 
 
+# ---- the extension for CPUs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled():
+    """The backend for CPUs; its module."""
+    module = pytest.importorskip("mlfs._cpu", reason="the C++ extension is not built")
+    with use_backend("cpp"):
+        yield module
+
+
+def masked(kind: str) -> dict[str, torch.Tensor]:
+    """Inputs with padding on one side, none, or with a gap, which no range of keys has."""
+    batch = inputs("left" if kind == "left" else "right")
+    if kind == "none":
+        del batch["attention_mask"]
+    if kind == "gap":
+        batch["attention_mask"][0, 3:5] = 0
+    return batch
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none", "gap"])
+@pytest.mark.parametrize("name", WHOLLY)
+def test_layers_on_a_cpu_compute_what_the_models_own_do(name, padding, compiled, unfused):
+    """Whole encoder layers in one call without gradients, part by part with them."""
+    suffix = "ForTokenClassification" if name in ("bert", "roberta") else "ForCausalLM"
+    mine, theirs = (make_one(name, suffix, dtype=torch.float64) for make_one in (elastic, unfused))
+    batch = masked(padding)
+    kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    for subnet in subnets_of(name).values():
+        outcomes = []
+        for supernet, backend in ((mine, "cpp"), (theirs, "reference")):
+            supernet.train_stage(2)
+            with use_backend(backend), supernet.activate(subnet):
+                with torch.no_grad():
+                    direct = supernet(**batch, output_hidden_states=True)
+                logits = supernet(**batch).logits[kept]
+                logits.square().sum().backward()
+            outcomes.append([torch.stack(direct.hidden_states)[:, kept], direct.logits[kept], logits.detach(),
+                             *(p.grad for p in supernet.parameters() if p.grad is not None)])  # fmt: skip
+            supernet.zero_grad()
+        assert len(outcomes[0]) == len(outcomes[1]) > 10
+        for a, b in zip(*outcomes, strict=True):
+            assert distance(a, b) < (1e-9 if suffix == "ForTokenClassification" else 1e-5)  # RMSNorms take fp32
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_layer_is_one_call_unless_something_looks_inside(name, compiled, monkeypatch):
+    supernet, calls = elastic(name, "ForTokenClassification", dtype=torch.float64), []
+    whole = mlfs.blocks.encoder_layer
+    monkeypatch.setattr(mlfs.blocks, "encoder_layer", lambda *args: calls.append(1) or whole(*args))
+    layers = supernet.dimensions.layers
+    with torch.inference_mode():
+        expected = supernet(**inputs()).logits
+        assert len(calls) == layers
+        seen = []
+        hook = supernet.layers[1].output.dense.register_forward_hook(lambda *_: seen.append(1))
+        assert distance(supernet(**inputs()).logits, expected) < 1e-12
+        assert (len(calls), len(seen)) == (2 * layers - 1, 1)
+        hook.remove()
+        supernet.model.set_attn_implementation("eager")
+        weights = supernet(**inputs(), output_attentions=True).attentions
+        assert len(weights) == layers and all(w is not None for w in weights)
+        assert len(calls) == 2 * layers - 1
+    supernet.model.set_attn_implementation("sdpa")
+    supernet.train()(**inputs())  # there is dropout between the parts
+    assert len(calls) == 2 * layers - 1
+
+
+def test_a_bert_that_decodes_sees_nothing_ahead(compiled, monkeypatch):
+    config = CASES["bert"].config
+    decoding = {"is_decoder": True, "add_cross_attention": False}
+    monkeypatch.setattr(type(CASES["bert"]), "config", property(lambda self: lambda: changed(config())), raising=False)
+
+    def changed(made):
+        for key, value in decoding.items():
+            setattr(made, key, value)
+        return made
+
+    supernet = elastic("bert", "ForTokenClassification", dtype=torch.float64)
+    with torch.inference_mode():
+        for batch in (inputs(), masked("none")):
+            found = supernet(**batch).logits
+            with use_backend("reference"):
+                assert distance(found, supernet(**batch).logits) < 1e-12
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_decoding_on_a_cpu_makes_the_models_tokens(name, compiled, unfused):
+    """From a cache, past the window of those that have one, with padding and without."""
+    mine, theirs = (make_one(name, "ForCausalLM", dtype=torch.float64) for make_one in (elastic, unfused))
+    for batch in (inputs("left"), masked("none")):
+        outcomes = []
+        for supernet, backend in ((mine, "cpp"), (theirs, "reference")):
+            with use_backend(backend), supernet.activate(subnets_of(name)["uniform"]):
+                made = supernet.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False,
+                                         output_logits=True, return_dict_in_generate=True)  # fmt: skip
+            outcomes.append(made)
+        assert torch.equal(outcomes[0].sequences, outcomes[1].sequences)
+        assert distance(*(torch.stack(made.logits) for made in outcomes)) < 1e-5
+
+
 def test_an_extracted_model_has_the_models_own_blocks():
     supernet = elastic("llama", "ForCausalLM")
     small = supernet.extract(subnets_of("llama")["uniform"])
@@ -231,14 +334,6 @@ def test_an_extracted_model_has_the_models_own_blocks():
 
 
 # ---- without padding ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled():
-    """The backend for CPUs; its module."""
-    module = pytest.importorskip("mlfs._cpu", reason="the C++ extension is not built")
-    with use_backend("cpp"):
-        yield module
 
 
 @pytest.fixture

@@ -167,6 +167,7 @@ def test_linear_reads_the_leading_slice_of_the_merged_matrix(make, n, m):
     torch.testing.assert_close(layer(x, m), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("reference")
 @every_linear
 def test_fresh_linear_has_the_effect_of_the_base_alone(make):
     plain = make()

@@ -1,90 +1,131 @@
-"""Attention within sequences that lie one after the other, without padding:
+"""Attention within ranges, so that nothing is computed for padding:
 
-    o_i = Σ_j dropout(softmax_j(scale · q_i · k_j)) v_j          over the tokens j of the sequence that i is in
+    o_i = Σ_j dropout(softmax_j(scale · q_i · k_j)) v_j          over the keys j of the range that query i is in
 
-Shapes: q, k, v and o (tokens, heads, dim); `offsets` (sequences + 1,) int64 on the CPU: where each sequence starts, and
-the end. Attention is both ways (no causal mask), as in encoders.
+Shapes: q and o (rows, tokens, heads, dim), k and v (rows, keys, heads / group, dim): each of their heads serves `group`
+heads of q. `ranges` (any, 6) int64 on the CPU has a line for each range: (row, from, to, first, last, position): the
+queries from ≤ i < to of a row attend to its keys first ≤ j < last, and where attention is causal, to those up to
+position + i − from. Lines are sorted, and share neither queries nor keys. Queries in no range get zeros.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mlfs.ops.backend import backend_of, cpp
 
-__all__ = ["packed_attention", "packed_attention_reference"]
+__all__ = ["ragged_attention", "ragged_attention_reference", "ranges_of_keys", "ranges_of_sequences"]
 
 
-def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, p: float = 0.0
+def ranges_of_sequences(ends: Sequence[int]) -> Tensor:
+    """Of sequences that lie one after the other in one row: each attends to itself. ends: of each, ascending."""
+    starts = [0, *ends[:-1]]
+    lines = [(0, a, b, a, b, a) for a, b in zip(starts, ends, strict=True)]
+    return torch.tensor(lines, dtype=torch.long).view(-1, 6)
+
+
+def ranges_of_keys(keys: Sequence[tuple[int, int]], tokens: int, past: int = 0) -> Tensor:
+    """Of rows whose queries all attend to keys (first, last), after `past` keys that came before the queries."""
+    lines = [(row, 0, tokens, first, last, past) for row, (first, last) in enumerate(keys)]
+    return torch.tensor(lines, dtype=torch.long).view(-1, 6)
+
+
+def ragged_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool = False, p: float = 0.0
 ) -> Tensor:
-    """The formula in plain, differentiable PyTorch, one sequence after the other; dropout from torch's generator."""
-    ends = offsets.tolist()
-    parts = []
-    for a, b in pairwise(ends):
-        one, two, three = (t[a:b].transpose(0, 1) for t in (q, k, v))
-        o = torch.nn.functional.scaled_dot_product_attention(one, two, three, dropout_p=p, scale=scale)
-        parts.append(o.transpose(0, 1))
-    return torch.cat(parts) if parts else torch.zeros_like(q)
+    """The formula in plain, differentiable PyTorch, one range after the other; dropout from torch's generator."""
+    out = torch.zeros_like(q)
+    for row, start, end, first, last, position in ranges.tolist():
+        parts = q[row, start:end], k[row, first:last], v[row, first:last]
+        mine, keys, values = (t.transpose(0, 1) for t in parts)
+        seen = torch.ones(end - start, last - first, dtype=torch.bool, device=q.device)
+        if causal:
+            seen = seen.tril(position - first)
+        o = scaled_dot_product_attention(
+            mine, keys, values, seen, dropout_p=p, scale=scale, enable_gqa=mine.shape[0] != keys.shape[0]
+        )
+        o = o.masked_fill(~seen.any(1)[:, None], 0.0)  # of a query that sees no key
+        out = out.index_put((torch.tensor(row), torch.arange(start, end)), o.transpose(0, 1))
+    return out
 
 
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, p: float = 0.0, seed: int | None = None
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    scale: float,
+    causal: bool = False,
+    p: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """The formula above.
 
     Args:
-        q, k, v: (tokens, heads, dim), floating point.
+        q, k, v: floating point, any strides.
         p: probability of dropout. The mask is drawn from `seed` and drawn again in the backward pass.
         seed: by default drawn from torch's generator.
+
+    Raises:
+        RuntimeError: shapes that do not fit, or ranges outside of them (from the extension).
     """
     if backend_of(q, k, v) != "cpp":
-        return packed_attention_reference(q, k, v, offsets, scale, p)
+        return ragged_attention_reference(q, k, v, ranges, scale, causal, p)
     if p and seed is None:
         seed = int(torch.randint(2**62, ()))
-    return _packed_attention(q, k, v, offsets, scale, p, seed or 0)[0]
+    options = ranges, scale, causal, p, seed or 0
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _by_extension(q, k, v, *options)[0]
+    return _ragged_attention(q, k, v, *options)[0]
 
 
-@torch.library.custom_op("mlfs::packed_attention", mutates_args=())
-def _packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float, p: float, seed: int
+@torch.library.custom_op("mlfs::ragged_attention", mutates_args=())
+def _ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool, p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(o, the log of each row's sum of exponentials (tokens, heads))."""
-    return cpp().attention(q, k, v, offsets, scale, p, seed)
+    """(o, the log of each query's sum of exponentials (rows, tokens, heads))."""
+    return _by_extension(q, k, v, ranges, scale, causal, p, seed)
 
 
-@_packed_attention.register_fake
-def _(q, k, v, offsets, scale, p, seed):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
+def _by_extension(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool, p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    return cpp().attention(q, k, v, ranges, causal, scale, p, seed)
 
 
-@torch.library.custom_op("mlfs::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(
-    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, offsets: Tensor, scale: float, p: float,
-    seed: int,
+@_ragged_attention.register_fake
+def _(q, k, v, ranges, scale, causal, p, seed):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
+
+
+@torch.library.custom_op("mlfs::ragged_attention_backward", mutates_args=())
+def _ragged_attention_backward(
+    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ranges: Tensor, scale: float, causal: bool,
+    p: float, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = cpp().attention_backward(d_o, q, k, v, o, lse, offsets, scale, p, seed)
+    dq, dk, dv = cpp().attention_backward(d_o, q, k, v, o, lse, ranges, causal, scale, p, seed)
     return dq, dk, dv
 
 
-@_packed_attention_backward.register_fake
-def _(d_o, q, k, v, o, lse, offsets, scale, p, seed):
+@_ragged_attention_backward.register_fake
+def _(d_o, q, k, v, o, lse, ranges, scale, causal, p, seed):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, offsets, *ctx.options = inputs
+    q, k, v, ranges, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, offsets)
+    ctx.save_for_backward(q, k, v, *output, ranges)
 
 
 def _backward(ctx, d_o, _):
-    nothing = (None,) * 4
+    nothing = (None,) * 5
     if d_o is None:
         return (None, None, None, *nothing)
-    return (*_packed_attention_backward(d_o, *ctx.saved_tensors, *ctx.options), *nothing)
+    return (*_ragged_attention_backward(d_o, *ctx.saved_tensors, *ctx.options), *nothing)
 
 
-_packed_attention.register_autograd(_backward, setup_context=_setup_context)
+_ragged_attention.register_autograd(_backward, setup_context=_setup_context)

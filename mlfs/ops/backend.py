@@ -7,7 +7,7 @@
 | `cpp`       | the extension compiled from csrc/  | CPUs, fp32 (and fp64, when forced)                   |
 
 GPUs take `triton` for fp32, bf16 and fp16, CPUs take `cpp` for fp32, everything else takes `reference`. The environment
-variable MLFS_BACKEND or `use_backend` forces one.
+variable MLFS_BACKEND, read when mlfs is imported, or `use_backend` forces one.
 """
 
 import os
@@ -24,13 +24,14 @@ from mlfs.errors import MLFSError
 BACKENDS = ("reference", "triton", "cpp")
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPP_TYPES = (torch.float32, torch.float64)
-_forced: str | None = None  # of the process: a backward pass runs in threads of its own
+# Of the process: a backward pass runs in threads of its own. The environment is read once: that takes its time.
+_forced: str | None = os.environ.get("MLFS_BACKEND") or None
 
 
 def backend_of(x: Tensor, *others: Tensor | None) -> str:
     """The backend for an operator on `x` and `others` (None is skipped). Raises MLFSError if a forced one cannot run,
     and says why."""
-    forced = _forced or os.environ.get("MLFS_BACKEND") or None
+    forced = _forced
     if forced is None:
         if x.is_cuda:
             return "triton" if x.dtype in _TRITON_TYPES and _why_no_triton() is None else "reference"

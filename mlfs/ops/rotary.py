@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import autocast_type, backend_of
+from mlfs.ops.backend import autocast_type, backend_of, cpp
 
 __all__ = ["rotary", "rotary_reference"]
 
@@ -42,8 +42,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             f"q {_shown(q)}, k {_shown(k)}, cos {_shown(cos)}, sin {_shown(sin)}: expected q and k (batch, tokens, "
             "heads, dim) of one type and an even dim, cos and sin (batch or 1, tokens, dim)"
         )
-    if backend_of(q, k, cos, sin) != "triton":
+    backend = backend_of(q, k, cos, sin)
+    if backend == "reference":
         return rotary_reference(q, k, cos, sin)
+    if backend == "cpp" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return cpp().rotary(q, k, cos, sin, False)
     return _rotary(q, k, cos, sin, autocast_type(q) or torch.promote_types(q.dtype, cos.dtype), False)
 
 
@@ -59,10 +62,13 @@ def _shown(t: Tensor) -> str:
 @torch.library.custom_op("mlfs::rotary", mutates_args=())
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: torch.dtype, backward: bool) -> tuple[Tensor, Tensor]:
     """(q', k') of type `kind`, contiguous. backward: by the transposed rotation, which takes gradients back."""
-    if backend_of(q, k) == "triton":
+    backend = backend_of(q, k, cos, sin)
+    if backend == "triton":
         from mlfs.kernels import rotary as kernels
 
         return kernels.rotary(q, k, cos, sin, kind, backward)
+    if backend == "cpp":
+        return cpp().rotary(q, k, cos, sin, backward)
     if backward:
         sin = -sin.roll(sin.shape[-1] // 2, -1)
     one, two = rotary_reference(q, k, cos, sin)

@@ -14,7 +14,6 @@ Proposition 1 of "Efficiently Distilling LLMs for Edge Applications" (arXiv 2404
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,10 @@ from mlfs.ops.backend import backend_of, cpp, in_autocast_type
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
 __all__ = ["sliced_linear", "sliced_linear_reference"]
+
+
+# (weight, bias, lora_a, lora_b, scales, spans)
+Layer = tuple[Tensor, Tensor | None, list[Tensor], list[Tensor], list[float], list[int]]
 
 
 def sliced_linear_reference(
@@ -98,23 +101,21 @@ def _check_activation(activation: str, operand: Tensor | None) -> None:
         )
 
 
-def direct_linear(
+def direct_linears(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: Any,
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    scales: list[float],
-    spans: list[int],
+    layers: list[Layer],
     activation: str = "none",
     operand: Tensor | None = None,
     residual: Tensor | None = None,
-) -> Tensor:
-    """`sliced_linear` where `is_direct`: by the extension for CPUs, which keeps the stages packed in a `Stages`."""
+) -> list[Tensor]:
+    """`sliced_linear` of each layer where `is_direct`: by the extension for CPUs, in one call.
+
+    Args:
+        layers: as `sliced_linear` takes each.
+        activation, operand, residual: with one layer only.
+    """
     _check_activation(activation, operand)
-    more = ACTIVATIONS.index(activation), operand, residual
-    return cpp().linear(x, weight, bias, packed, lora_a, lora_b, scales, spans, *more)
+    return cpp().linear(x, layers, ACTIVATIONS.index(activation), operand, residual)
 
 
 def finish(z: Tensor, activation: str, operand: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -176,9 +177,8 @@ def _sliced_linear(
             y, h, z = sliced_linear.forward(flat, *layer, keep_pre=keep and activation != "none")
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     if backend == "cpp":
-        more = ACTIVATIONS.index(activation), other, added, keep
-        packed = cpp().pack([a[:, :n] for a in lora_a], lora_b, scales) if lora_a else (None, None)
-        y, h, z = cpp().linear_forward(flat, weight, bias, *packed, spans, *more)
+        layers = [(weight, bias, lora_a, lora_b, scales, spans)]
+        ((y, h, z),) = cpp().linear_forward(flat, layers, ACTIVATIONS.index(activation), other, added, keep)
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     out = x.new_empty(flat.shape[0], m)
     column = 0
@@ -232,18 +232,21 @@ def _sliced_linear_backward(
     grad = dy.reshape(-1, m)
     flat = x.reshape(-1, n) if x is not None else None
     other, d_other = _flat(operand, m), None
-    backend = backend_of(dy, z, operand)
+    backend = backend_of(dy, weight, *lora_a, *lora_b, z, operand)
     if backend == "triton":
         from mlfs.kernels import sliced_linear as kernels
 
         if z is not None:
             grad, d_other = kernels.activation_backward(grad, z, other, activation)
         dx, *gradients = kernels.backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
-    else:
-        if z is not None and backend == "cpp":
+    elif backend == "cpp":
+        if z is not None:
             grad, d_other = cpp().activation_backward(grad, z, other, ACTIVATIONS.index(activation))
             d_other = d_other if other is not None else None
-        elif z is not None:
+        layers = [(weight, None, lora_a, lora_b, scales, spans)]
+        dx, (gradients,) = cpp().linear_backward([grad], flat, [h], layers, [trains], needs_dx, n)
+    else:
+        if z is not None:
             grad, d_other = _activation_backward(grad, z, activation, other)
         dx, *gradients = linear_backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
     dx = dx.view(*dy.shape[:-1], n) if needs_dx else dx

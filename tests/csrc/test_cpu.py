@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mlfs import MLFSError
 from mlfs.elastic import ElasticLinear
 from mlfs.ops import backend
-from mlfs.ops.attention import packed_attention, packed_attention_reference
+from mlfs.ops.attention import ragged_attention, ragged_attention_reference, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import use_backend
 from mlfs.ops.norm import add_norm, add_norm_reference
+from mlfs.ops.rotary import rotary, rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear
 from tests.calls import EXAMPLES, Call, calls, strided
 
@@ -75,6 +76,51 @@ def test_the_sliced_product_equals_the_dense_one(dtype, data):
 @given(st.data())
 def test_the_sliced_product_across_vectors_and_tails(dtype, data):
     agree(data.draw(calls(dtype, tokens=4, size=170, rank=20)))
+
+
+@TYPES
+@pytest.mark.parametrize(
+    ("tokens", "n", "m", "stages"),
+    [(700, 2100, 70, 1), (530, 40, 2100, 1), (40, 30, 50, 35), (33, 5000, 1, 0), (1, 4099, 33, 2), (3, 33, 4099, 2)],
+)
+def test_the_sliced_product_at_the_limits_of_its_blocks(dtype, tokens, n, m, stages):
+    """Sums too deep to be packed at once, more rows than wait for them, more pieces than are read together."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype) / shape[-1] ** 0.5
+
+    lora = [some(2, n + 3) for _ in range(stages)], [some(m + 5, 2) for _ in range(stages)], [0.5] * stages
+    agree(Call(some(tokens, n), some(m + 5, n + 3), some(m + 5), *lora, [0, m]))
+
+
+@TYPES
+def test_layers_of_one_input_together_are_what_they_are_apart(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    def layer(m: int, stages: int, spans: list[int]) -> tuple:
+        lora = [some(3, 40) for _ in range(stages)], [some(m, 3) for _ in range(stages)], [0.5] * stages
+        return some(m, 40), some(m), *lora, spans
+
+    layers = [layer(50, 2, [0, 33]), layer(20, 0, [0, 20]), layer(90, 1, [0, 5, 30, 40])]
+    x = some(70, 37)
+    found = cpu.linear_forward(x, layers, 0, None, None, False)
+    apart = [cpu.linear_forward(x, [one], 0, None, None, False)[0] for one in layers]
+    for mine, right in zip(found, apart, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+    trains = [[False, True], [], [True]]
+    slopes, hs = [some(*y.shape) for y, _, _ in found], [h for _, h, _ in found]
+    dx, gradients = cpu.linear_backward(slopes, x, hs, layers, trains, True, 37)
+    total = torch.zeros_like(dx)
+    for slope, h, one, train, mine in zip(slopes, hs, layers, trains, gradients, strict=True):
+        part, (right,) = cpu.linear_backward([slope], x, [h], [one], [train], True, 37)
+        total += part
+        assert len(mine) == len(right) == 2 * sum(train)
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+    close(dx, total.double(), dtype)
 
 
 @pytest.mark.parametrize("call", EXAMPLES.values(), ids=EXAMPLES.keys())
@@ -172,17 +218,22 @@ def test_results_do_not_depend_on_the_threads(threads):
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(300, 130, generator=generator) for _ in range(2))
     weight, dy = torch.randn(130, generator=generator), torch.randn(300, 130, generator=generator)
-    qkv = torch.randn(3, 300, 4, 16, generator=generator)
-    offsets = torch.tensor([0, 40, 41, 200, 300])
+    qkv = torch.randn(3, 1, 300, 4, 16, generator=generator)
+    ranges = ranges_of_sequences([40, 41, 200, 300])
+    a, b = torch.randn(8, 130, generator=generator), torch.randn(140, 8, generator=generator)
+    w = torch.randn(140, 130, generator=generator)
 
     def run() -> list[Tensor]:
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         y, _ = add_norm(leaves[0], residual, leaves[1], None, 1e-5, False, 0.2, torch.tensor([5]))
         y.backward(dy)
         parts = [t.clone().requires_grad_() for t in qkv]
-        o = packed_attention(*parts, offsets, 0.25, 0.2, 6)
+        o = ragged_attention(*parts, ranges, 0.25, True, 0.2, 6)
         o.square().sum().backward()
-        return [y.detach(), o.detach(), *(leaf.grad for leaf in (*leaves, *parts))]
+        stage = [x.clone().requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
+        z = sliced_linear(stage[0], w, None, [stage[1]], [stage[2]], [1.5], [0, 140])
+        z.square().sum().backward()
+        return [y.detach(), o.detach(), z.detach(), *(leaf.grad for leaf in (*leaves, *parts, *stage))]
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -198,64 +249,138 @@ def test_results_do_not_depend_on_the_threads(threads):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """The formula, one row after the other; a row's mask is that of (token, head), over its own sequence."""
-    heads, rows, start = q.shape[1], [], 0
-    shape = q.shape[0] * heads, max(lengths, default=0)
-    mask = mask_of(shape, p, seed, torch.float64) if p else None
-    for length in lengths:
-        for i in range(start, start + length):
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool, p: float = 0.0, seed: int = 0
+) -> Tensor:
+    """The formula, one query after the other; a query's mask is that of (row, token, head), over its own range."""
+    (rows, tokens, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    mask = mask_of((rows * tokens * heads, k.shape[1]), p, seed, torch.float64) if p else None
+    found = [[[torch.zeros_like(q[0, 0, 0])] * heads for _ in range(tokens)] for _ in range(rows)]
+    for row, start, end, first, last, position in ranges.tolist():
+        for i in range(start, end):
+            seen = max(min(last, position + i - start + 1), first) if causal else last
+            if seen == first:
+                continue
             for h in range(heads):
-                weights = torch.softmax(scale * (k[start : start + length, h] @ q[i, h]), 0)
+                keys, values = (t[row, first:seen, h // group] for t in (k, v))
+                weights = torch.softmax(scale * (keys @ q[row, i, h]), 0)
                 if mask is not None:
-                    weights = weights * mask[i * heads + h, :length]
-                rows.append(weights @ v[start : start + length, h])
-        start += length
-    return torch.stack(rows).view(q.shape) if rows else torch.zeros_like(q)
+                    weights = weights * mask[(row * tokens + i) * heads + h, : seen - first]
+                found[row][i][h] = weights @ values
+    return torch.stack([torch.stack([torch.stack(h) for h in row]) for row in found])
+
+
+@st.composite
+def some_ranges(draw) -> tuple[int, int, int, Tensor]:
+    """(rows, tokens, keys, ranges)."""
+    rows, lines, tokens, keys = draw(st.integers(1, 3)), [], 1, 1
+    for row in range(rows):
+        i = j = 0
+        for _ in range(draw(st.integers(0, 2))):
+            start, first = i + draw(st.integers(0, 2)), j + draw(st.integers(0, 3))
+            i, j = start + draw(st.integers(0, 80)), first + draw(st.integers(0, 40))
+            lines.append((row, start, i, first, j, draw(st.integers(0, 30))))
+        tokens, keys = max(tokens, i), max(keys, j)
+    return rows, tokens, keys, torch.tensor(lines, dtype=torch.long).view(-1, 6)
 
 
 @TYPES
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @settings(max_examples=25)
 @given(
-    lengths=st.lists(st.integers(0, 40), max_size=4),
-    heads=st.integers(1, 3),
+    shape=some_ranges(),
+    heads=st.integers(1, 2),
+    group=st.integers(1, 3),
     dim=st.integers(1, 40),
+    causal=st.booleans(),
     seed=st.integers(0, 2**62),
 )
-def test_attention_equals_the_formula(dtype, p, lengths, heads, dim, seed):
+def test_attention_equals_the_formula(dtype, p, shape, heads, group, dim, causal, seed):
+    rows, tokens, keys, ranges = shape
     generator = torch.Generator().manual_seed(seed % 2**31)
-    shape = (sum(lengths), heads, dim)
-    q, k, v, d_o = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4))
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    layouts = [(rows, tokens, heads * group, dim)] + [(rows, heads, keys, dim)] * 2  # keys as a cache has them
+    q, k, v = (torch.randn(layout, generator=generator, dtype=dtype) for layout in layouts)
+    d_o = torch.randn(q.shape, generator=generator, dtype=dtype)
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
     exact = [t.double().clone().requires_grad_() for t in (q, k, v)]
-    o, goal = packed_attention(*mine, offsets, 0.3, p, seed), attend(*exact, lengths, 0.3, p, seed)
+    turned = [[t[0], t[1].transpose(1, 2), t[2].transpose(1, 2)] for t in (mine, exact)]
+    o = ragged_attention(*turned[0], ranges, 0.3, causal, p, seed)
+    goal = attend(*turned[1], ranges, 0.3, causal, p, seed)
     close(o.detach(), goal.detach(), dtype)
-    if lengths and sum(lengths):
-        o.backward(d_o)
-        goal.backward(d_o.double())
-        for a, b in zip(mine, exact, strict=True):
-            close(a.grad, b.grad, dtype, scale=4)
+    with torch.no_grad():
+        assert torch.equal(ragged_attention(*turned[0], ranges, 0.3, causal, p, seed), o)
+    if not p:
+        close(ragged_attention_reference(*turned[1], ranges, 0.3, causal).detach(), goal.detach(), torch.float64)
+    o.backward(d_o)
+    (goal * d_o.double()).sum().backward() if goal.requires_grad else None
+    for a, b in zip(mine, exact, strict=True):
+        close(a.grad, torch.zeros_like(b) if b.grad is None else b.grad, dtype, scale=4)
 
 
 def test_attention_reads_the_parts_of_one_tensor_and_large_scores():
     generator = torch.Generator().manual_seed(0)
-    fused = torch.randn(30, 3, 2, 24, generator=generator, dtype=torch.float64) * 30
-    offsets = torch.tensor([0, 11, 30])
-    o = packed_attention(*fused.unbind(1), offsets, 1.0)
-    expected = packed_attention_reference(*fused.unbind(1), offsets, 1.0)
+    fused = torch.randn(1, 30, 3, 2, 24, generator=generator, dtype=torch.float64) * 30
+    ranges = ranges_of_sequences([11, 30])
+    o = ragged_attention(*fused.unbind(2), ranges, 1.0)
+    expected = ragged_attention_reference(*fused.unbind(2), ranges, 1.0)
     torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        packed_attention(*fused.float().unbind(1), offsets, 1.0).double(), expected, rtol=1e-3, atol=0.1
+        ragged_attention(*fused.float().unbind(2), ranges, 1.0).double(), expected, rtol=1e-3, atol=0.1
     )
 
 
 def test_opcheck_of_attention():
-    q, k, v = (torch.randn(9, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    offsets = torch.tensor([0, 4, 9])
-    torch.library.opcheck(torch.ops.mlfs.packed_attention.default, (q, k, v, offsets, 0.5, 0.1, 3))
-    assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, offsets, 0.5, 0.3, 9), (q, k, v))
+    q, k, v = (torch.randn(2, 9, heads, 5, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    ranges = ranges_of_keys([(0, 9), (3, 8)], 9)
+    torch.library.opcheck(torch.ops.mlfs.ragged_attention.default, (q, k, v, ranges, 0.5, True, 0.1, 3))
+    assert torch.autograd.gradcheck(lambda *t: ragged_attention(*t, ranges, 0.5, True, 0.3, 9), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([(0, 0, 10, 0, 9, 0)], "range 0 is outside"),
+        ([(0, 0, 9, 0, 10, 0)], "range 0 is outside"),
+        ([(1, 0, 9, 0, 9, 0)], "range 0 is outside"),
+        ([(0, 5, 4, 0, 9, 0)], "range 0 is outside"),
+        ([(0, 0, 5, 0, 5, 0), (0, 5, 9, 4, 9, 0)], "range 1 overlaps"),
+        ([(0, 5, 9, 5, 9, 0), (0, 0, 5, 0, 5, 0)], "range 1 overlaps"),
+    ],
+)
+def test_ranges_that_do_not_fit_are_refused(lines, reason):
+    q = torch.randn(1, 9, 2, 4)
+    with pytest.raises(RuntimeError, match=reason):
+        ragged_attention(q, q, q, torch.tensor(lines), 1.0)
+    with pytest.raises(RuntimeError, match="attention of q"):
+        ragged_attention(q, q[:, :, :1, :3], q[:, :, :1, :3], torch.tensor(lines), 1.0)
+
+
+# ---- rotary embeddings ----------------------------------------------------------------------------------------------
+
+
+@TYPES
+@settings(max_examples=40)
+@given(data=st.data())
+def test_rotary_embeddings_equal_the_formula(dtype, data):
+    rows, tokens, heads, kv_heads = (data.draw(st.integers(0, 4)) for _ in range(4))
+    dim, shared = 2 * data.draw(st.integers(1, 25)), data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    layouts = st.sampled_from(["plain", "inside", "transposed", "expanded"])
+    shapes = [(rows, tokens, heads, dim), (rows, tokens, kv_heads, dim), *[(1 if shared else rows, tokens, dim)] * 2]
+    given_ = [strided(shape, data.draw(layouts), generator, dtype) for shape in shapes]
+    mine = [t.detach().clone().requires_grad_() for t in given_[:2]]
+    exact = [t.detach().double().requires_grad_() for t in given_[:2]]
+    found, goal = rotary(*mine, *given_[2:]), rotary_reference(*exact, *(t.double() for t in given_[2:]))
+    with torch.no_grad():
+        direct = rotary(*given_)
+    for a, b, c in zip(found, direct, goal, strict=True):
+        close(a.detach(), c.detach(), dtype)
+        assert torch.equal(a, b)
+    slopes = [torch.randn(t.shape, generator=generator, dtype=dtype) for t in found]
+    torch.autograd.backward(found, slopes)
+    torch.autograd.backward(goal, [t.double() for t in slopes])
+    for a, b in zip(mine, exact, strict=True):
+        close(a.grad, b.grad, dtype)
 
 
 # ---- dispatch -------------------------------------------------------------------------------------------------------
@@ -268,7 +393,7 @@ def test_types_it_does_not_take_are_refused_when_forced_and_go_elsewhere_when_no
     with pytest.raises(MLFSError, match="backend cpp: tensors of float32, float64"):
         add_norm(half.float(), half.double(), None, None, 1e-5, True)
     monkeypatch.setattr(backend, "_forced", None)
-    monkeypatch.delenv("MLFS_BACKEND", raising=False)
+
     assert backend.backend_of(half) == backend.backend_of(half.double()) == "reference"
     assert backend.backend_of(half.float(), half) == "reference"
     assert backend.backend_of(half.float(), None, half.float()) == "cpp"

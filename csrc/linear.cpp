@@ -1,0 +1,240 @@
+// Linear layers with their low-rank stages, forward and backward; several layers may read the same x.
+#include <ATen/Parallel.h>
+
+#include <deque>
+
+#include "operators.h"
+
+namespace mlfs {
+
+namespace {
+
+// Products that run side by side
+template <typename T>
+class Products {
+ public:
+  Product<T>& add(int64_t rows, int64_t columns, std::vector<Piece<T>> pieces, T scale, T* y, int64_t y_stride) {
+    pieces_.push_back(std::move(pieces));
+    Product<T>& p = products_.emplace_back();
+    p.rows = rows, p.columns = columns, p.scale = scale, p.y = y, p.y_stride = y_stride, p.activation = NONE;
+    p.pieces = pieces_.back().data(), p.count = pieces_.back().size();
+    return p;
+  }
+
+  void run() const {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t block = 8 * k.rows;  // rows of a unit of work; its columns are those of a panel
+    auto units = [&](const Product<T>& p) {
+      return (p.rows + block - 1) / block * ((p.columns + k.width - 1) / k.width);
+    };
+    int64_t total = 0;
+    double work = 0;  // in microseconds: of arithmetic, or of reading b
+    for (const Product<T>& p : products_) {
+      total += units(p);
+      for (int64_t s = 0; s < p.count; s++)
+        work += double(p.columns) * p.pieces[s].depth * std::max<double>(p.rows / 1e5, sizeof(T) / 1e4);
+    }
+    const int64_t grain = std::max<int64_t>(1, total * std::min(1.0, 10 / std::max(work, 1e-3)));
+    at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (const Product<T>& p : products_) {
+        const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, units(p));
+        first += units(p);
+        const int64_t blocks = (p.rows + block - 1) / block;
+        for (int64_t unit = from, next; unit < to; unit = next) {  // row after row of the same panel
+          const int64_t panel = unit / blocks, column = panel * k.width;
+          next = std::min(to, (panel + 1) * blocks);
+          k.multiply(p, unit % blocks * block, std::min(p.rows, ((next - 1) % blocks + 1) * block), column,
+                     std::min(p.columns, column + k.width));
+        }
+      }
+    });
+  }
+
+ private:
+  std::deque<Product<T>> products_;  // whose elements stay where they are
+  std::deque<std::vector<Piece<T>>> pieces_;
+};
+
+int64_t length_of(const Numbers& spans) {
+  int64_t m = 0;
+  for (size_t i = 1; i < spans.size(); i += 2) m += spans[i];
+  return m;
+}
+
+int64_t ranks_of(const Tensors& a) {
+  int64_t ranks = 0;
+  for (const Tensor& t : a) ranks += t.size(0);
+  return ranks;
+}
+
+// The kernels read what they are told to: everything is checked here
+void check(const Layer& layer, int64_t n, at::ScalarType type) {
+  const auto& [weight, bias, a, b, scales, spans] = layer;
+  TORCH_CHECK(n >= 1 && n <= weight.size(1), "x has ", n, " columns, W ", weight.size(1));
+  TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->scalar_type() == type), "x and W differ in type");
+  TORCH_CHECK(!bias || bias->size(0) == weight.size(0), "the bias is not as long as W");
+  TORCH_CHECK(a.size() == b.size() && a.size() == scales.size(), "stages without A, B or scale");
+  for (size_t s = 0; s < a.size(); s++) {
+    TORCH_CHECK(a[s].scalar_type() == type && b[s].scalar_type() == type, "x and the stages differ in type");
+    TORCH_CHECK(a[s].size(1) >= n && b[s].size(0) == weight.size(0) && a[s].size(0) == b[s].size(1), "stage ", s,
+                " of ", a[s].sizes(), " and ", b[s].sizes(), " does not fit W of ", weight.sizes());
+  }
+  TORCH_CHECK(spans.size() % 2 == 0, "spans: expected pairs");
+  for (size_t i = 0; i < spans.size(); i += 2)
+    TORCH_CHECK(spans[i] >= 0 && spans[i + 1] >= 0 && spans[i] + spans[i + 1] <= weight.size(0), "rows ", spans[i],
+                " to ", spans[i] + spans[i + 1], " of W of ", weight.sizes());
+}
+
+// t's rows from `row` as the a or the b of a piece
+template <typename T>
+Piece<T> piece(const Tensor& a, int64_t a_column, bool a_turned, const Tensor& b, int64_t b_row, int64_t b_column,
+               bool b_turned, int64_t depth) {
+  return {data<T>(a) + a_column * a.stride(1),
+          a.stride(a_turned),
+          a.stride(!a_turned),
+          data<T>(b) + b_row * b.stride(0) + b_column * b.stride(1),
+          b.stride(b_turned),
+          b.stride(!b_turned),
+          depth};
+}
+
+Tensor zeros_unless(bool whole, const Tensor& like) {
+  return whole ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
+}
+
+}  // namespace
+
+std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
+                                    const Maybe& operand_, const Maybe& residual_, bool keep) {
+  at::NoGradGuard no_grad;
+  const int64_t rows = x.size(0), n = x.size(1);
+  const Maybe operand = rows_contiguous(operand_), residual = rows_contiguous(residual_);
+  TORCH_CHECK(layers.size() == 1 || (activation == NONE && !residual), "what follows the product is of one layer");
+  keep = keep && activation != NONE;
+  std::vector<Forward> out;
+  Tensors biases;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linear_forward", [&] {
+    using T = scalar_t;
+    Products<T> thin, products;
+    for (const Layer& layer : layers) {
+      check(layer, n, x.scalar_type());
+      const auto& [weight, bias, a, b, scales, spans] = layer;
+      const int64_t m = length_of(spans), ranks = ranks_of(a);
+      for (const Maybe& t : {operand, residual})
+        TORCH_CHECK(!t || (t->scalar_type() == x.scalar_type() && t->size(0) == rows && t->size(1) == m),
+                    "operand or residual of ", t->sizes(), ", the product is of ", rows, " x ", m);
+      const Tensor y = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
+      const Tensor z = at::empty({keep ? rows : 0, m}, x.options());
+      out.emplace_back(y, h, z);
+      if (!y.numel()) {
+        h.zero_();
+        continue;
+      }
+      int64_t rank = 0;
+      for (size_t s = 0; s < a.size(); rank += a[s].size(0), s++)
+        thin.add(rows, a[s].size(0), {piece<T>(x, 0, false, a[s], 0, 0, false, n)}, scales[s], data<T>(h) + rank,
+                 ranks);
+      if (bias) biases.push_back(bias->contiguous());
+      int64_t column = 0;
+      for (size_t i = 0; i < spans.size(); column += spans[i + 1], i += 2) {
+        std::vector<Piece<T>> pieces = {piece<T>(x, 0, false, weight, spans[i], 0, false, n)};
+        rank = 0;
+        for (const Tensor& up : b) {
+          pieces.push_back(piece<T>(h, rank, false, up, spans[i], 0, false, up.size(1)));
+          rank += up.size(1);
+        }
+        Product<T>& p = products.add(rows, spans[i + 1], std::move(pieces), 1, data<T>(y) + column, m);
+        p.activation = activation;
+        if (bias) p.bias = data<T>(biases.back()) + spans[i];
+        if (keep) p.z = data<T>(z) + column, p.z_stride = m;
+        if (operand) p.operand = data<T>(operand) + column, p.operand_stride = operand->stride(0);
+        if (residual) p.residual = data<T>(residual) + column, p.residual_stride = residual->stride(0);
+      }
+    }
+    thin.run();
+    products.run();
+  });
+  return out;
+}
+
+// (dx (T, n) or empty, each layer's [dA_s, dB_s of the stages that train]): of each layer dy (T, m), h of the forward pass.
+std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, const Maybe& x, const std::vector<Maybe>& hs,
+                                                         const std::vector<Layer>& layers,
+                                                         const std::vector<std::vector<bool>>& trains, bool needs_dx,
+                                                         int64_t n) {
+  at::NoGradGuard no_grad;
+  TORCH_CHECK(dys.size() == layers.size() && hs.size() == layers.size() && trains.size() == layers.size() &&
+                  !layers.empty(),
+              "linear_backward: lists of different lengths");
+  const int64_t rows = dys[0].size(0);
+  const Tensor dx = at::empty({needs_dx ? rows : 0, n}, dys[0].options());
+  std::vector<Tensors> gradients(layers.size());
+  AT_DISPATCH_FLOATING_TYPES(dx.scalar_type(), "linear_backward", [&] {
+    using T = scalar_t;
+    Products<T> thin, products;
+    std::vector<Piece<T>> whole;
+    Tensors kept;
+    std::vector<std::pair<Tensor, Tensor>> turn;
+    for (size_t l = 0; l < layers.size(); l++) {
+      check(layers[l], n, dx.scalar_type());
+      const auto& [weight, bias, a, b, scales, spans] = layers[l];
+      const Tensor& dy = dys[l];
+      const int64_t m = length_of(spans), ranks = ranks_of(a);
+      TORCH_CHECK(dy.scalar_type() == dx.scalar_type() && dy.size(0) == rows && dy.size(1) == m &&
+                      trains[l].size() == a.size(),
+                  "gradient of ", dy.sizes(), ", the product was of ", rows, " x ", m);
+      const Tensor g = at::empty({rows, ranks}, dy.options());
+      kept.push_back(g);
+      int64_t column = 0;
+      for (size_t i = 0; i < spans.size(); column += spans[i + 1], i += 2)
+        if (needs_dx) whole.push_back(piece<T>(dy, column, false, weight, spans[i], 0, true, spans[i + 1]));
+      int64_t rank = 0;
+      for (size_t s = 0; s < a.size(); rank += a[s].size(0), s++) {
+        if (!needs_dx && !trains[l][s]) continue;
+        std::vector<Piece<T>> pieces;
+        column = 0;
+        for (size_t i = 0; i < spans.size(); column += spans[i + 1], i += 2)
+          pieces.push_back(piece<T>(dy, column, false, b[s], spans[i], 0, true, spans[i + 1]));
+        thin.add(rows, a[s].size(0), std::move(pieces), scales[s], data<T>(g) + rank, ranks);
+        if (needs_dx) whole.push_back(piece<T>(g, rank, false, a[s], 0, 0, true, a[s].size(0)));
+        if (!trains[l][s]) continue;
+        const auto fits = [&](const Maybe& t, int64_t columns) {
+          return t && t->scalar_type() == dx.scalar_type() && t->size(0) == rows && t->size(1) == columns;
+        };
+        TORCH_CHECK(fits(x, n) && fits(hs[l], ranks), "a stage trains: its gradient takes x and h");
+        const Tensor da = zeros_unless(n == a[s].size(1) && rows, a[s]), db = zeros_unless(m == b[s].size(0) && rows, b[s]);
+        gradients[l].push_back(da), gradients[l].push_back(db);
+        if (!rows) continue;
+        products.add(a[s].size(0), n, {piece<T>(g, rank, true, *x, 0, 0, true, rows)}, 1, data<T>(da), da.stride(0));
+        const Tensor turned = at::empty({a[s].size(0), m}, dy.options());  // reads dy by lines, not by numbers
+        thin.add(a[s].size(0), m, {piece<T>(*hs[l], rank, true, dy, 0, 0, true, rows)}, 1, data<T>(turned), m);
+        column = 0;
+        for (size_t i = 0; i < spans.size(); column += spans[i + 1], i += 2)
+          turn.emplace_back(db.narrow(0, spans[i], spans[i + 1]), turned.narrow(1, column, spans[i + 1]).t());
+      }
+    }
+    if (needs_dx) products.add(rows, n, std::move(whole), 1, data<T>(dx), n);
+    thin.run();
+    products.run();
+    for (auto& [to, from] : turn) to.copy_(from);
+  });
+  return {dx, gradients};
+}
+
+// The forward pass alone; x, y, operand and residual may have any leading dimensions
+Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
+               const Maybe& residual) {
+  const int64_t n = x.size(-1);
+  const auto flat = [](const Maybe& t) { return t ? Maybe(t->reshape({-1, t->size(-1)})) : t; };
+  TORCH_CHECK(n > 0, "x has no columns");
+  Tensors out;
+  for (Forward& one : linear_forward(x.reshape({-1, n}), layers, activation, flat(operand), flat(residual), false)) {
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = std::get<0>(one).size(1);
+    out.push_back(std::get<0>(one).view(shape));
+  }
+  return out;
+}
+
+}  // namespace mlfs
