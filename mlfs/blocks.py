@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm
+from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PreNorm, RotaryAttention, SelfAttention
 from mlfs.ops.attention import packed_attention
 from mlfs.ops.backend import backend_of
@@ -92,8 +92,7 @@ def _mlp(spec: MLP, activation: str) -> Forward:
 @functools.cache
 def _gated_mlp(spec: GatedMLP) -> Forward:
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        up = getattr(self, spec.up)(x)
-        x = getattr(self, spec.gate)(x, activation="silu_mul", operand=up)
+        (x,) = project(x, getattr(self, spec.gate), getattr(self, spec.up), gated=True)
         return getattr(self, spec.down)(x, residual=residual)
 
     return forward
@@ -115,10 +114,10 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:  # by position they could be anything
             return original(self, hidden_states, *args, **kwargs)
-        x = getattr(self, spec.norm)(hidden_states)
-        x, _ = getattr(self, spec.attention)(hidden_states=x, **kwargs)
-        x, hidden_states = getattr(self, spec.mlp_norm).after(x, hidden_states)
-        return getattr(self, spec.mlp)(x, residual=hidden_states)
+        x, s = getattr(self, spec.norm).after(hidden_states)
+        s, _ = getattr(self, spec.attention)(hidden_states=x, residual=s, **kwargs)
+        x, s = getattr(self, spec.mlp_norm).after(s)
+        return getattr(self, spec.mlp)(x, residual=s)
 
     return forward
 
@@ -131,13 +130,15 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         if attend is None:  # eager attention, which each model has its own of
-            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        projections = (getattr(self, name)(hidden_states) for name in (spec.query, spec.key, spec.value))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
+            x, weights = original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return x if residual is None else residual + x, weights
+        layers = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in project(hidden_states, *layers))
         q = getattr(self, spec.query_norm)(q) if spec.query_norm else q
         k = getattr(self, spec.key_norm)(k) if spec.key_norm else k
         q, k, v = (t.transpose(1, 2) for t in (*rotary(q, k, *position_embeddings), v))
@@ -148,7 +149,7 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
             kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
         p = self.attention_dropout if self.training else 0.0
         o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
-        return getattr(self, spec.out)(o.flatten(2)), weights
+        return getattr(self, spec.out)(o.flatten(2), residual=residual), weights
 
     return forward
 
@@ -158,14 +159,20 @@ def _self_attention(spec: SelfAttention, original: Forward) -> Forward:
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if attention_mask is None or attention_mask.dim() != 1:
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        offsets = attention_mask if attention_mask is not None and attention_mask.dim() == 1 else None  # of sequences
+        if offsets is None and (attend is None or args or kwargs.get("past_key_values") is not None):
             return original(self, hidden_states, attention_mask, *args, **kwargs)
-        x = hidden_states[0]
-        parts = [getattr(self, name)(x) for name in (spec.query, spec.key, spec.value)]
-        q, k, v = (part.unflatten(-1, (-1, self.attention_head_size)) for part in parts)
+        layers = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
+        q, k, v = (t.unflatten(-1, (-1, self.attention_head_size)) for t in project(hidden_states, *layers))
         p = getattr(self, spec.dropout).p if self.training else 0.0
-        o = packed_attention(q, k, v, attention_mask, self.scaling, p)
-        return o.flatten(1).unsqueeze(0), None
+        if offsets is not None:
+            o = packed_attention(q[0], k[0], v[0], offsets, self.scaling, p).unsqueeze(0)
+            return o.flatten(2), None
+        assert attend is not None
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        return o.flatten(2), weights
 
     return forward
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import cpp, is_direct
+from mlfs.ops.backend import backend_of, cpp, is_direct
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection, joint_linear, may_join
 from mlfs.ops.norm import add_norm
 from mlfs.ops.sliced_linear import direct_linear, finish, sliced_linear, sliced_linear_reference
 from mlfs.sizes import Extent, RowSizes, Scope, Sizes
@@ -150,9 +151,7 @@ class ElasticLinear(Elastic):
         """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
         if x.shape[-1] > self.in_features:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
-        weight = self._folded if self._folded is not None else self._matrix()
-        live = slice(self.folded_stages, self.live)
-        lora = _values(self.lora_A)[live], _values(self.lora_B)[live], self.scales[live]
+        weight, lora = self._read()
         trains = self.weight.requires_grad
         if (rows := self._row_sizes()) is not None and out_features is None:
             grouped = grouped_sliced_linear_reference if trains else grouped_sliced_linear
@@ -166,6 +165,15 @@ class ElasticLinear(Elastic):
             return direct_linear(x, weight, self.bias, self._packed, *lora, spans, *rest)
         op = sliced_linear_reference if trains else sliced_linear
         return op(x, weight, self.bias, *lora, spans, *rest)
+
+    def projection(self) -> Projection | None:
+        """Itself as `joint_linear` takes it; None where it has to be called: its base trains, rows have sizes of their
+        own, it is several projections already, or someone watches its calls."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        if self.weight.requires_grad or any(hooks) or len(self._extents) > 1 or self._row_sizes() is not None:
+            return None
+        weight, lora = self._read()
+        return Projection(weight, self.bias, *lora, self._size(None, self.out_features, "out_features"))
 
     def spans(self, out_features: int | None = None) -> list[int]:
         """The rows of W that are read now, as flat (start, length) pairs."""
@@ -247,6 +255,12 @@ class ElasticLinear(Elastic):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, stages={self.stages}"
         )
+
+    def _read(self) -> tuple[Tensor, tuple[list[Tensor], list[Tensor], list[float]]]:
+        """The matrix, and the stages beside it: A, B and c of each."""
+        live = slice(self.folded_stages, self.live)
+        weight = self._folded if self._folded is not None else self._matrix()
+        return weight, (_values(self.lora_A)[live], _values(self.lora_B)[live], self.scales[live])
 
     def _matrix(self) -> Tensor:
         return self.weight.t() if self.transposed else self.weight
@@ -392,6 +406,20 @@ class ElasticRMSNorm(ElasticNorm):
         if isinstance(module, nn.RMSNorm):
             module.normalized_shape = (width,)
         return module
+
+
+def project(x: Tensor, *layers: ElasticLinear, gated: bool = False) -> list[Tensor]:
+    """What each layer makes of the same x; gated: of two layers, SiLU(the first's) · the second's, alone. On kernels in
+    one call."""
+    if backend_of(x) == "triton":
+        found = [layer.projection() for layer in layers]
+        parts = [part for part in found if part is not None]
+        if len(parts) == len(layers) and x.shape[-1] <= layers[0].in_features and may_join(parts):
+            return joint_linear(x, parts, gated)
+    if not gated:
+        return [layer(x) for layer in layers]
+    gate, up = layers
+    return [gate(x, activation="silu_mul", operand=up(x))]
 
 
 def train_stage(module: nn.Module, stage: int | None) -> None:
