@@ -11,7 +11,9 @@ from bench.gpu_timing import Case, Contender
 from mlfs.ops import divergence, layer_norm, rms_norm, sliced_linear
 from mlfs.ops.backend import use_backend
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear
+from mlfs.ops.joint_linear import Projection, joint_linear
 from mlfs.ops.norm import add_norm
+from mlfs.ops.rotary import rotary
 
 RANK, SCALE = 8, 2.0
 # (tokens, W's rows, W's columns): feed-forward and square projections of each model, at a training batch
@@ -39,6 +41,8 @@ def cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bool) -> It
             rows, columns = max(shapes)
             yield _several(device, dtype, f"{model} {rows}x{columns}", tokens, rows, columns)
             width = min(shapes[0])
+            yield _together(device, dtype, f"{model} 3 x {shapes[0][0]}x{shapes[0][1]}", tokens, *shapes[0])
+            yield _rotary(device, dtype, f"{model} {width}", tokens, width)
             yield _norm(device, dtype, f"{model} {width}", tokens, width, rms=model != "BERT-base")
             yield _dropout_add_norm(device, dtype, f"{model} {width}", tokens, width)
         vocabulary, tokens = (50, 8) if tiny else (49152, 2048)
@@ -168,6 +172,55 @@ def _several(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int,
 
     flops = sum(4 * g.tokens * g.n * g.spans[1] + 6 * g.tokens * RANK * (g.n + g.spans[1]) for g in groups)
     return Case("kernels", f"4 sizes at once, forward + backward, {size}, {tokens} tokens", dtype, build, flops=flops)
+
+
+def _together(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int, columns: int) -> Case:
+    """Query, key and value of one x, whose gradients meet in it."""
+
+    def build() -> dict[str, Contender]:
+        x = _randn(tokens, columns, device=device, dtype=dtype).requires_grad_()
+        layers = [
+            Projection(
+                _randn(rows, columns, device=device, dtype=dtype), None,
+                [_randn(RANK, columns, device=device).requires_grad_()],
+                [_randn(rows, RANK, device=device).requires_grad_()], [SCALE], rows,
+            )
+            for _ in range(3)
+        ]  # fmt: skip
+        dy = _randn(tokens, 3 * rows, device=device, dtype=dtype)
+        wanted = [x, *(t for layer in layers for t in (*layer.lora_a, *layer.lora_b))]
+
+        def ours() -> Tensor:
+            return torch.cat(joint_linear(x, layers), 1)
+
+        def one_by_one() -> Tensor:
+            return torch.cat([sliced_linear(x, *layer[:5], [0, rows]) for layer in layers], 1)
+
+        return {
+            "mlfs": _contender(ours, wanted, dy),
+            "one by one": _contender(one_by_one, wanted, dy),
+            "cuBLAS + adapters": _contender(one_by_one, wanted, dy, "reference"),
+        }
+
+    flops = 3 * (4 * tokens * rows * columns + 6 * tokens * RANK * (rows + columns))
+    return Case("kernels", f"3 layers of one x, forward + backward, {size}, {tokens} tokens", dtype, build, flops=flops)
+
+
+def _rotary(device: str, dtype: torch.dtype, size: str, tokens: int, width: int) -> Case:
+    dim = min(64, width // 2)
+
+    def build() -> dict[str, Contender]:
+        q, k = (_randn(1, tokens, width // dim, dim, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+        cos, sin = (_randn(1, tokens, dim, device=device, dtype=dtype) for _ in range(2))
+        dy = _randn(1, tokens, 2 * (width // dim), dim, device=device, dtype=dtype)
+
+        def ours() -> Tensor:
+            return torch.cat(rotary(q, k, cos, sin), 2)
+
+        return {"mlfs": _contender(ours, [q, k], dy), "torch": _contender(ours, [q, k], dy, "reference")}
+
+    moved = 8 * tokens * width * dtype.itemsize
+    return Case("kernels", f"rotary, forward + backward, {size}, {tokens} tokens", dtype, build, bytes=moved)
 
 
 def _norm(device: str, dtype: torch.dtype, size: str, tokens: int, width: int, rms: bool) -> Case:

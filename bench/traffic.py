@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlfs.kernels import configs, decode, norm, rotary, sliced_linear
+from mlfs.kernels import configs, decode, joint, norm, rotary, sliced_linear
 
 # by name: `mlfs.ops` has functions of these names
-OPERATORS = [import_module(f"mlfs.ops.{name}") for name in ("norm", "rotary", "sliced_linear")]
+OPERATORS = [import_module(f"mlfs.ops.{name}") for name in ("joint_linear", "norm", "rotary", "sliced_linear")]
+CALLERS = [import_module(f"mlfs.{name}") for name in ("blocks", "elastic")]  # what asks for the backend, too
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
 
@@ -90,6 +91,14 @@ def _product(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, i
     options |= {"operand": (a["ACTIVATION"] == "silu_mul", out), "residual": (a["HAS_RESIDUAL"], out)}
     reads |= {name: size for name, (wanted, size) in options.items() if wanted}
     return reads, {"y": out, **({"pre": out} if a["KEEP_PRE"] else {})}, 2 * out * (depth + width)
+
+
+def _sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, columns, width = a["tokens"], a["columns"], a["STAGES"] * a["RANK"] if a["STAGES"] else 0
+    depths = {i: a[f"m{i}"] for i in range(a["LAYERS"])}
+    reads = {f"d{i}": tokens * m for i, m in depths.items()} | {f"w{i}": m * columns for i, m in depths.items()}
+    reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])} | ({"g": tokens * width} if width else {})
+    return reads, {"dx": tokens * columns}, 2 * tokens * columns * (sum(depths.values()) + width)
 
 
 def _reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
@@ -164,6 +173,7 @@ KERNELS: dict[tuple[Any, str], Callable[[Arguments, tuple[int, ...]], tuple[Elem
     (sliced_linear, "_thin_reduce"): _thin_reduce,
     (sliced_linear, "_finish"): _finish,
     (sliced_linear, "activation_backward_kernel"): _activation_backward,
+    (joint, "_sum"): _sum,
     (norm, "_forward"): _norm_forward,
     (norm, "_backward"): _norm_backward,
     (rotary, "_rotary"): _rotary,
@@ -218,7 +228,7 @@ def key_of(tensor: Tensor, numbers: int) -> Hashable:
 def record(arch: str = "sm90") -> Iterator[list[Launch]]:
     """The launches inside the block, in order, of computations on the meta device."""
     recorder = _Recorder()
-    patches = [mock.patch.object(module, "backend_of", lambda *_: "triton") for module in OPERATORS]
+    patches = [mock.patch.object(module, "backend_of", lambda *_: "triton") for module in OPERATORS + CALLERS]
     patches.append(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorder.attention))
     with ExitStack() as stack:
         for patch in patches:

@@ -102,6 +102,35 @@ def accumulate(
 
 
 @triton.jit
+def tile_of(tokens, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """(Tile of tokens, tile of columns) of this program. Neighbours share W's tiles: GROUP tiles of tokens go over the
+    columns together."""
+    tiles_t = tl.cdiv(tokens, BLOCK_T)
+    tiles_c = tl.num_programs(0) // tiles_t
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_c)
+    size = tl.minimum(tiles_t - group * GROUP, GROUP)
+    return group * GROUP + program % (GROUP * tiles_c) % size, program % (GROUP * tiles_c) // size
+
+
+@triton.jit
+def add_stages(
+    acc, h, p0, p1, p2, t, in_rows, rows, in_columns, h_t, p_q, p_c,
+    STAGES: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + h · Q, Q the stages read through p_q, p_c: the last steps of a product's loop over [.. | h] · [.. | Q]."""
+    for r in tl.static_range(0, STAGES * RANK, BLOCK_R):
+        q = r + tl.arange(0, BLOCK_R)
+        in_ranks = q < STAGES * RANK
+        hs = h + t.to(tl.int64)[:, None] * h_t + q[None, :]
+        ps = (stage_of(q, p0, p1, p2, RANK, STAGES) + (q % RANK) * p_q)[:, None] + rows[None, :] * p_c
+        a = tl.load(hs, mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
+        b = tl.load(ps, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _thin(
     x, p0, p1, p2, h, tokens, depth, x_t, h_t, p_q, p_k, c0, c1, c2, s0, l0, s1, l1, s2, l2,
     STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,15 +173,7 @@ def _product(
 ):  # fmt: skip
     """One BLOCK_T × BLOCK_C tile of y = act(x · P + h · Q + bias) + residual; P and Q are W and the stages, read
     through strides w_k, w_c and p_q, p_c."""
-    # neighbours share W's tiles: GROUP tiles of tokens go over the columns together
-    tiles_t = tl.cdiv(tokens, BLOCK_T)
-    tiles_c = tl.num_programs(0) // tiles_t
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_c)
-    size = tl.minimum(tiles_t - group * GROUP, GROUP)
-    tile_t = group * GROUP + program % (GROUP * tiles_c) % size
-    tile_c = program % (GROUP * tiles_c) // size
-
+    tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     in_rows = t < tokens
@@ -179,14 +200,7 @@ def _product(
     else:
         ks = ws + k[:, None] * w_k
         acc = accumulate(acc, xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
-    for r in tl.static_range(0, STAGES * RANK, BLOCK_R):  # the last steps of the loop: [.. | h] · [.. | B]ᵀ
-        q = r + tl.arange(0, BLOCK_R)
-        in_ranks = q < STAGES * RANK
-        hs = h + t.to(tl.int64)[:, None] * h_t + q[None, :]
-        ps = (stage_of(q, p0, p1, p2, RANK, STAGES) + (q % RANK) * p_q)[:, None] + rows[None, :] * p_c
-        a = tl.load(hs, mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
-        b = tl.load(ps, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+    acc = add_stages(acc, h, p0, p1, p2, t, in_rows, rows, in_columns, h_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
 
     mask = in_rows[:, None] & in_columns[None, :]
     t64, column = t.to(tl.int64), offset + c
@@ -317,11 +331,11 @@ def forward(
     h = x.new_empty((tokens, stages.width))
     if y.numel() == 0:
         return y, h, pre
-    _launch_thin(x, stages.a, h, depth, stages, [0, depth], reads_spans=False)
+    launch_thin(x, stages.a, h, depth, stages, [0, depth], reads_spans=False)
     column = 0
     for some in in_launches(spans):
         out = slice(column, column := column + sum(some[1::2]))
-        _launch_product(
+        launch_product(
             x, weight.t(), bias, h, stages.b, stages, some, False, depth, y[:, out], config, activation,
             None if operand is None else operand[:, out], None if residual is None else residual[:, out],
             pre[:, out] if keep_pre else None,
@@ -361,11 +375,7 @@ def backward(
     if any(trains):
         assert x is not None and h is not None
         ranks, starts = trained_ranks(lora_a, trains)
-        if _in_one_pass(dz, stages):
-            partial_b = _launch_thin_reduce(dz, h[:, ranks], g, stages, read)
-        else:
-            _launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
-            partial_b = launch_reduce(h[:, ranks], dz)
+        partial_b = launch_back(dz, h[:, ranks], g, stages, read)
         partial_a = launch_reduce(g[:, ranks], with_rows(x))
         goals = iter(gradients)
         for s, train in enumerate(trains):
@@ -378,9 +388,9 @@ def backward(
                     launch_finish(partial_b[:, :, column : column + width], goal, place, rank, some, transposed=True)
                     column += width
     elif needs_dx:
-        _launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
+        launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
     if needs_dx:
-        _launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
+        launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
     return [dx, *gradients]
 
 
@@ -413,7 +423,7 @@ class Stages:
     @classmethod
     def pack(cls, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> "Stages":
         if len(a) > MAX_STAGES or len({t.shape[0] for t in a}) > 1:
-            packed = cls([torch.cat(list(a))], [torch.cat(list(b), dim=1)], [1.0])
+            packed = cls([torch.cat(list(a))], [torch.cat(list(b), dim=1)] if b else [], [1.0])
             packed.vector = torch.cat([t.new_full((t.shape[0],), c) for t, c in zip(a, scales, strict=True)])
             return packed
         return cls([t.contiguous() for t in a], [t.contiguous() for t in b], list(scales))
@@ -427,7 +437,7 @@ class Stages:
         return (tensors + [tensors[0] if tensors else otherwise] * 3)[:3]
 
 
-def _launch_thin(
+def launch_thin(
     x: Tensor, p: list[Tensor], h: Tensor, depth: int, stages: Stages, spans: Sequence[int], reads_spans: bool
 ) -> None:
     if not stages.width:
@@ -448,7 +458,7 @@ def _launch_thin(
         h.mul_(stages.vector)
 
 
-def _launch_product(
+def launch_product(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -493,6 +503,14 @@ def _launch_product(
     run(config)
 
 
+def launch_back(dz: Tensor, h: Tensor, g: Tensor, stages: Stages, spans: Sequence[int]) -> Tensor:
+    """Fills g (T, R), the c_s · dz B_s side by side; returns (parts, R', m): h (T, R')ᵀ · dz over some tokens each."""
+    if _in_one_pass(dz, stages):
+        return _launch_thin_reduce(dz, h, g, stages, spans)
+    launch_thin(dz, stages.b, g, dz.shape[1], stages, spans, reads_spans=True)
+    return launch_reduce(h, dz)
+
+
 def _in_one_pass(dz: Tensor, stages: Stages) -> bool:
     """Whether `_thin_reduce` is for them: more or wider numbers spill, and gfx1100 would gather its tile from shared
     memory in 16-bit loads."""
@@ -500,7 +518,7 @@ def _in_one_pass(dz: Tensor, stages: Stages) -> bool:
 
 
 def _launch_thin_reduce(dz: Tensor, h: Tensor, g: Tensor, stages: Stages, spans: Sequence[int]) -> Tensor:
-    """Fills g (T, R), the c_s · dz B_s side by side; returns (parts, R', m): h (T, R')ᵀ · dz over a tile of tokens."""
+    """`launch_back` in one pass over dz; a part is a tile of tokens."""
     tokens, columns = dz.shape
     most, warps = (64, 4) if architecture(dz.device) == "gfx942" else (128, 8)  # a larger tile spills there
     block_t, block_c = min(most, max(16, triton.next_power_of_2(tokens))), 32

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, together
+from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PostNorm, PreNorm, RotaryAttention, SelfAttention
 from mlfs.ops.attention import ragged_attention, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import backend_of, is_direct
@@ -96,8 +96,7 @@ def _mlp(spec: MLP, activation: str) -> Forward:
 @functools.cache
 def _gated_mlp(spec: GatedMLP) -> Forward:
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        up = getattr(self, spec.up)(x)
-        x = getattr(self, spec.gate)(x, activation="silu_mul", operand=up)
+        (x,) = project(x, getattr(self, spec.gate), getattr(self, spec.up), gated=True)
         return getattr(self, spec.down)(x, residual=residual)
 
     return forward
@@ -119,10 +118,10 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:  # by position they could be anything
             return original(self, hidden_states, *args, **kwargs)
-        x = getattr(self, spec.norm)(hidden_states)
-        x, _ = getattr(self, spec.attention)(hidden_states=x, **kwargs)
-        x, hidden_states = getattr(self, spec.mlp_norm).after(x, hidden_states)
-        return getattr(self, spec.mlp)(x, residual=hidden_states)
+        x, s = getattr(self, spec.norm).after(hidden_states)
+        s, _ = getattr(self, spec.attention)(hidden_states=x, residual=s, **kwargs)
+        x, s = getattr(self, spec.mlp_norm).after(s)
+        return getattr(self, spec.mlp)(x, residual=s)
 
     return forward
 
@@ -164,13 +163,15 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         if attend is None:  # eager attention, which each model has its own of
-            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        parts = together([getattr(self, name) for name in (spec.query, spec.key, spec.value)], hidden_states)
-        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
+            x, weights = original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return x if residual is None else residual + x, weights
+        layers = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
+        q, k, v = (t.view(*t.shape[:-1], -1, self.head_dim) for t in project(hidden_states, *layers))
         q = getattr(self, spec.query_norm)(q) if spec.query_norm else q
         k = getattr(self, spec.key_norm)(k) if spec.key_norm else k
         q, k, v = (t.transpose(1, 2) for t in (*rotary(q, k, *position_embeddings), v))
@@ -186,7 +187,7 @@ def _rotary_attention(spec: RotaryAttention, original: Forward) -> Forward:
             o, weights = ragged_attention(q, k, v, ranges, self.scaling, causal=True, p=p), None
         else:
             o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
-        return getattr(self, spec.out)(o.flatten(2)), weights
+        return getattr(self, spec.out)(o.flatten(2), residual=residual), weights
 
     return forward
 
@@ -208,12 +209,20 @@ def _self_attention(spec: SelfAttention, original: Forward) -> Forward:
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if attention_mask is None or attention_mask.dtype != torch.long:
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        ranges = attention_mask if attention_mask is not None and attention_mask.dtype == torch.long else None
+        if ranges is None and (attend is None or args or kwargs.get("past_key_values") is not None):
             return original(self, hidden_states, attention_mask, *args, **kwargs)
-        parts = together([getattr(self, name) for name in (spec.query, spec.key, spec.value)], hidden_states)
-        q, k, v = (part.view(*part.shape[:-1], -1, self.attention_head_size) for part in parts)
+        layers = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
+        size = self.attention_head_size
+        q, k, v = (t.view(*t.shape[:-1], -1, size) for t in project(hidden_states, *layers))
         p = getattr(self, spec.dropout).p if self.training else 0.0
-        return ragged_attention(q, k, v, attention_mask, self.scaling, p=p).flatten(2), None
+        if ranges is not None:
+            return ragged_attention(q, k, v, ranges, self.scaling, p=p).flatten(2), None
+        assert attend is not None
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        return o.flatten(2), weights
 
     return forward
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import is_direct
+from mlfs.ops.backend import backend_of, is_direct
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection, joint_linear, may_join
 from mlfs.ops.norm import add_norm
 from mlfs.ops.sliced_linear import Layer, direct_linears, finish, sliced_linear, sliced_linear_reference
 from mlfs.sizes import Extent, RowSizes, Scope, Sizes
@@ -171,6 +172,14 @@ class ElasticLinear(Elastic):
         lora = _values(self.lora_A)[live], _values(self.lora_B)[live], self.scales[live]
         return weight, self.bias, *lora, spans
 
+    def projection(self) -> Projection | None:
+        """Itself as `joint_linear` takes it; None where it has to be called: its base trains, rows have sizes of their
+        own, it is several projections already, or someone watches its calls."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        if self.weight.requires_grad or any(hooks) or len(self._extents) > 1 or self._row_sizes() is not None:
+            return None
+        return Projection(*self._reads_at([])[:-1], self._size(None, self.out_features, "out_features"))
+
     def spans(self, out_features: int | None = None) -> list[int]:
         """The rows of W that are read now, as flat (start, length) pairs."""
         if len(self._extents) < 2 or self._scope is None:
@@ -265,16 +274,6 @@ class ElasticLinear(Elastic):
                 spans += [start, length]
             start += part
         return spans
-
-
-def together(layers: Sequence[ElasticLinear], x: Tensor) -> list[Tensor]:
-    """layer(x) of each layer, in one call where that is possible."""
-    plain = not any(layer._forward_hooks or layer._forward_pre_hooks or layer._row_sizes() for layer in layers)
-    if plain and x.shape[-1] <= layers[0].in_features:
-        every = [layer.reads_now() for layer in layers]
-        if is_direct(x, *(layer[0] for layer in every)):
-            return direct_linears(x, every)
-    return [layer(x) for layer in layers]
 
 
 class ElasticEmbedding(Elastic):
@@ -410,6 +409,23 @@ class ElasticRMSNorm(ElasticNorm):
         if isinstance(module, nn.RMSNorm):
             module.normalized_shape = (width,)
         return module
+
+
+def project(x: Tensor, *layers: ElasticLinear, gated: bool = False) -> list[Tensor]:
+    """What each layer makes of the same x; gated: of two layers, SiLU(the first's) · the second's, alone. On kernels in
+    one call."""
+    if x.shape[-1] <= layers[0].in_features and backend_of(x) != "reference":
+        found = [layer.projection() for layer in layers]
+        parts = [part for part in found if part is not None]
+        if len(parts) == len(layers):
+            if not gated and is_direct(x, *(part.weight for part in parts)):
+                return direct_linears(x, [(*part[:5], [0, part.rows]) for part in parts])
+            if may_join(parts):
+                return joint_linear(x, parts, gated)
+    if not gated:
+        return [layer(x) for layer in layers]
+    gate, up = layers
+    return [gate(x, activation="silu_mul", operand=up(x))]
 
 
 def train_stage(module: nn.Module, stage: int | None) -> None:

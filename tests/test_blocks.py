@@ -325,6 +325,40 @@ def test_decoding_on_a_cpu_makes_the_models_tokens(name, compiled, unfused):
         assert distance(*(torch.stack(made.logits) for made in outcomes)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ROTARY)
+def test_gradients_that_meet_are_added_by_the_kernels(name):
+    """Those of query, key and value, of gate and up, and of both residual streams."""
+    pytest.importorskip("triton")
+    supernet = elastic(name, "ForCausalLM")
+    with use_backend("triton"):
+        loss = supernet(**inputs(), use_cache=False).logits.square().mean()
+        with Calls() as calls:
+            loss.backward()
+    layers = supernet.dimensions.layers
+    own = 2 * layers if name == "qwen3" else 0  # the norms over head_dim are the model's own
+    expected = {"joint_linear_backward": 2 * layers, "rotary": layers, "add": own, "add_": 0}
+    assert {key: calls.seen[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_projections_of_one_input_go_together_unless_one_is_watched(name):
+    """On kernels. A hook on a projection sees its calls, and the others of that input are made beside it."""
+    pytest.importorskip("triton")
+    supernet, batch = elastic(name, suffix_of(name)), inputs()
+    part, attention = ("query", "attention.self") if name == "bert" else ("q_proj", "self_attn")
+    with use_backend("triton"), torch.no_grad():
+        with Calls() as together:
+            logits = supernet(**batch).logits
+        seen: list[tuple[int, ...]] = []
+        layer = supernet.layers[1].get_submodule(f"{attention}.{part}")
+        with layer.register_forward_hook(lambda module, args, output: seen.append(output.shape)), Calls() as apart:
+            again = supernet(**batch).logits
+    assert distance(again, logits) < 1e-5
+    assert seen == [(3, 11, 48)]
+    assert together.seen["joint_linear"] - apart.seen["joint_linear"] == 1
+    assert apart.seen["sliced_linear"] - together.seen["sliced_linear"] == 3
+
+
 def test_an_extracted_model_has_the_models_own_blocks():
     supernet = elastic("llama", "ForCausalLM")
     small = supernet.extract(subnets_of("llama")["uniform"])

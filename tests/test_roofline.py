@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from bench import roofline
 from bench.lower_bound import LowerBound
 from bench.traffic import Launch, kernel_launches, memory_traffic, record
-from mlfs.kernels import decode, norm, rotary, sliced_linear
+from mlfs.kernels import decode, joint, norm, rotary, sliced_linear
 
 
 @contextmanager
@@ -89,6 +89,20 @@ def test_products_touch_the_bytes_that_are_counted(stages, spans, activation):
     assert names >= {"product", "parts", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
 
 
+@pytest.mark.parametrize("stages", [0, 1, 2])
+@pytest.mark.parametrize("rows", [(70, 33, 9), (40, 40)])
+def test_products_of_one_x_touch_the_bytes_that_are_counted(rows, stages):
+    tokens, n, layers, gated = 67, 75, len(rows), len(rows) == 2
+    weights, count = [rand(m + 1, 80) for m in rows], layers * stages
+    a, b = [rand(5, 80) for _ in range(count)], [rand(m + 1, 5) for m in rows for _ in range(stages)]
+    x, scales, trains = rand(tokens, n), [2.0] * count, [s % max(stages, 1) == 0 for s in range(count)]
+    with launched() as seen:
+        ys, h, _ = joint.forward(x, weights, [rand(m + 1) for m in rows], a, b, scales, rows, gated, True)
+        joint.backward(ys, x, h, weights, a, b, scales, trains, True, n)
+    names = {launch.name.partition(".")[2] for launch in seen}
+    assert names == {"product", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("rms", [False, True])
 def test_norms_touch_the_bytes_that_are_counted(rms, p):
@@ -144,7 +158,9 @@ def test_a_model_that_runs_launches_what_is_counted_without_numbers(kind, config
 
     counted = shown("meta")
     assert counted == shown("cpu")
-    assert {name for name, *_ in counted} >= {"sliced_linear.product", "sliced_linear.reduce", "norm.backward"}
+    names = {name for name, *_ in counted}
+    assert names >= {"sliced_linear.product", "sliced_linear.reduce", "norm.backward"}
+    assert ("joint.sum" in names) == (space is DEEP)  # the first layer's query, key and value make no dx
 
 
 def test_only_what_still_fits_is_read_from_the_cache():

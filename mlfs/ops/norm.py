@@ -7,6 +7,8 @@
 Shapes: x, residual, s and y (..., n), w and b (N,), n ≤ N. The statistics are those of the n numbers that are there.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,8 +89,9 @@ def add_norm(
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
-    y, s = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
-    return y, s if residual is not None or p else x
+    if residual is None and not p:
+        return _Carrying.apply(x, weight, bias, eps, rms)
+    return _add_norm(x, residual, weight, bias, eps, rms, p, seed)
 
 
 @torch.library.custom_op("mlfs::add_norm", mutates_args=())
@@ -214,6 +217,27 @@ def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return torch.rand(x.shape, generator=generator, device=x.device).ge(p).to(x.dtype) / (1 - p)
 
 
+class _Carrying(torch.autograd.Function):
+    """(norm(x), x): what comes back through the second is added in the same pass. An operator cannot hand x on: its
+    outputs share no memory with its inputs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, rms):
+        ctx.set_materialize_grads(False)
+        ctx.options = eps, rms, 0.0
+        ctx.save_for_backward(x, weight, bias)
+        return _add_norm(x, None, weight, bias, eps, rms, 0.0, None)[0], x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        if dy is None:
+            return ds, None, None, None, None
+        x, *parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        dx, _, *sums = _add_norm_backward(dy, ds, x, parameters[0], *ctx.options, None, any(needs))
+        return dx, *_whole(sums, parameters, needs), None, None
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, bias, eps, rms, p, seed = inputs
     ctx.set_materialize_grads(False)
@@ -233,15 +257,18 @@ def _backward(ctx, dy, ds):
         ds = None  # of the empty s
     dx, d_residual, dw, db = _add_norm_backward(dy, ds, s, weight, *ctx.options, seed, trains)
     d_residual = (d_residual if ctx.options[2] else dx) if ctx.adds else None
+    return dx, d_residual, *_whole([dw, db], [weight, bias], needs[2:4]), None, None, None, None
 
-    def whole(sums: Tensor, like: Tensor) -> Tensor:
-        out = torch.zeros_like(like)
-        out[: sums.shape[0]] = sums
-        return out
 
-    dw = whole(dw, weight) if needs[2] else None
-    db = whole(db, bias) if needs[3] else None
-    return dx, d_residual, dw, db, None, None, None, None
+def _whole(sums: list[Tensor], parameters: list[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of the parameters that need one: zero off the columns that were read."""
+    found: list[Tensor | None] = []
+    for some, parameter, wanted in zip(sums, parameters, needs, strict=True):
+        whole = torch.zeros_like(parameter) if wanted and parameter is not None else None
+        if whole is not None:
+            whole[: some.shape[0]] = some
+        found.append(whole)
+    return found
 
 
 _add_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -14,6 +14,7 @@ from mlfs.elastic import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.attention import ragged_attention, ragged_attention_reference, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import use_backend
+from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
 from mlfs.ops.norm import add_norm, add_norm_reference
 from mlfs.ops.rotary import rotary, rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear
@@ -121,6 +122,43 @@ def test_layers_of_one_input_together_are_what_they_are_apart(dtype):
         assert len(mine) == len(right) == 2 * sum(train)
         assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
     close(dx, total.double(), dtype)
+
+
+@TYPES
+@settings(max_examples=30)
+@given(data=st.data())
+def test_projections_of_one_input_equal_the_formula(dtype, data):
+    gated, stages, n = data.draw(st.booleans()), data.draw(st.integers(0, 3)), data.draw(st.integers(1, 60))
+    rows = (
+        [data.draw(st.integers(1, 50))] * 2
+        if gated
+        else data.draw(st.lists(st.integers(1, 50), min_size=2, max_size=3))
+    )
+    tokens, trained = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    x, layers = some(tokens, n), []
+    for m in rows:
+        lora = [some(3, n + 1) for _ in range(stages)], [some(m + 2, 3) for _ in range(stages)], [0.5] * stages
+        layers.append(Projection(some(m + 2, n + 1), some(m + 2), *lora, m))
+    outcomes = []
+    for kind, op in ((dtype, joint_linear), (torch.float64, joint_linear_reference)):
+        mine = x.detach().to(kind).requires_grad_()
+        kept, leaves = [], [mine]
+        for w, b, lora_a, lora_b, scales, m in layers:
+            pairs = [
+                [t.detach().to(kind).requires_grad_(s == trained) for s, t in enumerate(ts)] for ts in (lora_a, lora_b)
+            ]
+            kept.append(Projection(w.to(kind), b.to(kind), *pairs, scales, m))
+            leaves += [t for ts in pairs for t in ts if t.requires_grad]
+        ys = op(mine, kept, gated)
+        sum((y * (i + 1)).square().sum() for i, y in enumerate(ys)).backward()
+        outcomes.append([*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)])
+    for a, b in zip(*outcomes, strict=True):
+        close(a, b.double(), dtype, scale=50)
 
 
 @pytest.mark.parametrize("call", EXAMPLES.values(), ids=EXAMPLES.keys())

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bench.offline import offline
-from mlfs.kernels import decode, distill, grouped, norm, rotary, sliced_linear
+from mlfs.kernels import decode, distill, grouped, joint, norm, rotary, sliced_linear
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection, joint_linear_reference
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
@@ -64,6 +65,34 @@ def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
     goal = grouped_sliced_linear_reference(xd, weight.double(), bias.double(), [ad], [bd], scales, groups)
     goal.backward(dy.double())
     return [(y, goal), *zip(found, (xd.grad, ad.grad, bd.grad), strict=True)]
+
+
+def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """The two cases are three layers of sizes that fill no tile, and a gated pair of two stages."""
+    gated = config == CONFIGS[0]
+    tokens, n, rows, stages = (37, 64, [64, 64], 2) if gated else (37, 45, [50, 33, 9], 1)
+    x, weights = randn(tokens, n, dtype=dtype), [randn(m + 3, n + 3, dtype=dtype, scale=0.15) for m in rows]
+    biases, scales = [randn(m + 3, dtype=dtype) for m in rows], [2.0, 0.5][:stages] * len(rows)
+    a = [randn(5, n + 3, scale=0.15) for _ in rows for _ in range(stages)]  # 16 ranks in all come out wrong there
+    b = [randn(m + 3, 5, scale=0.5) for m in rows for _ in range(stages)]
+    dys = [randn(tokens, m, dtype=dtype) for m in (rows[:1] if gated else rows)]
+    with offline(ARCH, emulate):
+        ys, h, z = joint.forward(x, weights, biases, a, b, scales, rows, gated, True, config)
+        ds = (
+            dys
+            if not gated
+            else [d for d in sliced_linear.activation_backward(dys[0], z, ys[1], "silu_mul") if d is not None]
+        )
+        found = joint.backward(ds, x, h, weights, a, b, scales, [True] * len(a), True, n, config)
+    xd, *pairs = (t.double().requires_grad_() for t in (x, *(t for pair in zip(a, b, strict=True) for t in pair)))
+    layers = [
+        Projection(w.double(), bias.double(), pairs[2 * i * stages : 2 * (i + 1) * stages : 2],
+                   pairs[2 * i * stages + 1 : 2 * (i + 1) * stages : 2], scales[:stages], m)
+        for i, (w, bias, m) in enumerate(zip(weights, biases, rows, strict=True))
+    ]  # fmt: skip
+    goals = joint_linear_reference(xd, layers, gated)
+    gradients = torch.autograd.grad(goals, [xd, *pairs], [dy.double() for dy in dys])
+    return [*zip(ys[: len(goals)], goals, strict=True), *zip(found, gradients, strict=True)]
 
 
 def run_decode(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -145,6 +174,7 @@ def run_distill(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
 CASES = {
     "sliced_linear": run_sliced_linear,
     "grouped": run_grouped,
+    "joint": run_joint,
     "decode": run_decode,
     "norm": run_norm,
     "rotary": run_rotary,

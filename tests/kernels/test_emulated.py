@@ -19,7 +19,7 @@ DISTILL = pytest.param("distill", marks=pytest.mark.xfail(reason="not a number i
 
 @pytest.mark.parametrize("config", [0, 1])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["sliced_linear", "grouped", "decode", "norm", "rotary", DISTILL])
+@pytest.mark.parametrize("kernel", ["sliced_linear", "grouped", "joint", "decode", "norm", "rotary", DISTILL])
 def test_machine_code_gives_what_the_reference_gives(kernel, dtype, config):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"AMDGCN_USE_BUFFER_OPS": "0", "DEV": "CPU"}  # as the emulator needs them

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection, joint_linear_reference
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import on_each_device
 
 pytest.importorskip("triton")
-from mlfs.kernels import decode, grouped, norm, rotary, sliced_linear
+from mlfs.kernels import decode, grouped, joint, norm, rotary, sliced_linear
 
 ROWS, COLUMNS, STRIDE = 40, 48, 2**26
 pytestmark = on_each_device
@@ -112,3 +113,19 @@ def test_rotary(device):
     few = q[:, :10].expand(2, -1, -1, -1), k, cos[:, :10], sin[:, :10]
     for given in ((q, q, cos, sin), few):
         agree(list(rotary.rotary(*given, torch.float16)), [*rotary_reference(*wide(*given))])
+
+
+def test_projections_of_one_input(device):
+    weights, dys = ([far(ROWS, COLUMNS, device, i + k) for i in range(2)] for k in (0, 2))
+    x, dys = far(ROWS, COLUMNS, device, 4), [dy[:, :ROWS] for dy in dys]
+    a, b = (
+        [near(*shape, device=device, seed=i + k) for i in range(2)] for k, shape in ((5, (4, COLUMNS)), (7, (ROWS, 4)))
+    )
+    layer = (weights, [], a, b, [2.0, 0.5])
+    ys, h, _ = joint.forward(x, *layer, [ROWS] * 2, False, True)
+    found = joint.backward(dys, x, h, weights, a, b, [2.0, 0.5], [True] * 2, True, COLUMNS)
+    xd, w0, w1, a0, a1, b0, b1 = wide(x, *weights, *a, *b)
+    layers = [Projection(w0, None, [a0], [b0], [2.0], ROWS), Projection(w1, None, [a1], [b1], [0.5], ROWS)]
+    goals = joint_linear_reference(xd, layers)
+    gradients = torch.autograd.grad(goals, (xd, a0, b0, a1, b1), [dy.cpu().double() for dy in dys])
+    agree([*ys, *found], [*goals, *gradients])

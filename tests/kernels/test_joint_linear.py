@@ -1,0 +1,170 @@
+"""Linear layers over one x in one call, on the reference and on the kernels, against the formula in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mlfs import MLFSError
+from mlfs.ops.backend import use_backend
+from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
+from tests.calls import LAYOUTS, strided
+from tests.devices import move, on_each_device
+
+pytestmark = on_each_device
+BACKENDS = ["reference", "triton"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New memory is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case(
+    leading: tuple[int, ...] = (2, 3), n: int = 20, rows: tuple[int, ...] = (9, 5, 7), stages: int = 1, rank: int = 4,
+    bias: bool = True, layout: str = "plain", of_x: str = "plain", dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> tuple[Tensor, list[Projection]]:  # fmt: skip
+    """x and layers of some more rows and columns than are read."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, kind: torch.dtype = dtype, layout: str = "plain") -> Tensor:
+        return strided(shape, layout, generator, kind)
+
+    layers = [
+        Projection(
+            rand(m + 2, n + 3, layout=layout), rand(m + 2) if bias else None,
+            [rand(rank, n + 3, kind=torch.float32) / 4 for _ in range(stages)],
+            [rand(m + 2, rank, kind=torch.float32) for _ in range(stages)], [2.0, 0.5, -1.0, 1.5][:stages], m,
+        )
+        for m in rows
+    ]  # fmt: skip
+    return rand(*leading, n, layout=of_x), layers
+
+
+def leaves(x: Tensor, layers: list[Projection], device: str, dtype: torch.dtype | None, stage: int | None):
+    """The same there: x and the adapters of `stage` want gradients. (x, layers, what wants them.)"""
+
+    def there(t: Tensor, wants: bool = False) -> Tensor:
+        moved = move(t, device) if dtype is None else t.detach().to(dtype)
+        return moved.requires_grad_(wants)
+
+    x, found = there(x, True), []
+    for p in layers:
+        a, b = ([there(t, s == stage) for s, t in enumerate(ts)] for ts in (p.lora_a, p.lora_b))
+        found.append(Projection(there(p.weight), None if p.bias is None else there(p.bias), a, b, p.scales, p.rows))
+    return x, found, [x, *(ts[stage] for p in found for ts in (p.lora_a, p.lora_b) if stage is not None and ts)]
+
+
+def agree(
+    x: Tensor, layers: list[Projection], gated: bool, device: str, tolerance: float, stage: int | None = 0
+) -> None:
+    given_x, mine, wanted = leaves(x, layers, device, None, stage)
+    exact_x, right, goals = leaves(x, layers, "cpu", torch.float64, stage)
+    ys, expected = joint_linear(given_x, mine, gated), joint_linear_reference(exact_x, right, gated)
+    generator = torch.Generator().manual_seed(1)
+    dys = [strided(y.shape, "transposed", generator, torch.float64) for y in expected]
+    torch.autograd.backward(ys, [d.to(y.dtype).to(device) for d, y in zip(dys, ys, strict=True)])
+    torch.autograd.backward(expected, dys)
+    with torch.no_grad():
+        again = joint_linear(given_x, mine, gated)
+    pairs = list(
+        zip([*ys, *again, *(t.grad for t in wanted)], [*expected, *expected, *(t.grad for t in goals)], strict=True)
+    )
+    assert len(pairs) == 2 * len(ys) + len(wanted)
+    for found, goal in pairs:
+        assert found.shape == goal.shape
+        largest = max(goal.abs().amax().item(), 1.0) if goal.numel() else 1.0
+        error = (found.detach().cpu().double() - goal).abs().amax().item() if goal.numel() else 0.0
+        assert error <= tolerance * largest
+
+
+@st.composite
+def cases(draw) -> tuple[tuple[Tensor, list[Projection]], bool, int | None]:
+    gated, stages = draw(st.booleans()), draw(st.integers(0, 4))
+    m = draw(st.integers(1, 80))
+    rows = (m, m) if gated else tuple(draw(st.lists(st.integers(1, 80), min_size=2, max_size=3)))
+    leading = tuple(draw(st.lists(st.integers(0, 9), max_size=2)))
+    made = case(leading, draw(st.integers(1, 80)), rows, stages, draw(st.integers(1, 9)), draw(st.booleans()),
+                draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from((*LAYOUTS, "expanded"))),
+                seed=draw(st.integers(0, 2**31)))  # fmt: skip
+    return made, gated, draw(st.sampled_from([None, *range(stages)]))
+
+
+@settings(max_examples=40)
+@given(drawn=cases())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_the_formula(device, name, drawn):
+    if name == "triton":
+        pytest.importorskip("triton")
+    (x, layers), gated, stage = drawn
+    with use_backend(name):
+        agree(x, layers, gated, device, 1e-5, stage)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+def test_half_precision_across_tiles(device, dtype, tolerance, gated):
+    pytest.importorskip("triton")
+    x, layers = case((70,), 150, (130, 130) if gated else (130, 70, 3), dtype=dtype)
+    with use_backend("triton"):
+        agree(x, layers, gated, device, tolerance)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_outputs_that_nothing_comes_back_through_count_as_zero(device, name):
+    if name == "triton":
+        pytest.importorskip("triton")
+    x, layers = case()
+    with use_backend(name):
+        given_x, mine, wanted = leaves(x, layers, device, None, 0)
+        joint_linear(given_x, mine)[1].sum().backward()
+    exact_x, right, goals = leaves(x, layers, "cpu", torch.float64, 0)
+    joint_linear_reference(exact_x, right)[1].sum().backward()
+    assert exact_x.grad is not None and goals[1].grad is None
+    for found, goal in zip(wanted, goals, strict=True):
+        right_one = torch.zeros_like(goal) if goal.grad is None else goal.grad
+        torch.testing.assert_close(found.grad.cpu().double(), right_one, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_cannot_go_together_are_refused(device):
+    x, layers = case()
+    one_more, other_rank = case(stages=2)[1], case(rank=3)[1]
+    wrong = [
+        (layers[:1], False), (layers * 2, False), ([layers[0], one_more[1]], False),
+        ([layers[0], other_rank[1]], False), ([layers[0], layers[1]._replace(bias=None)], False), (layers, True),
+        (layers[:2], True),
+    ]  # fmt: skip
+    for some, gated in wrong:
+        with pytest.raises(MLFSError, match="expected two or three"):
+            joint_linear(x, some, gated)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("gated, stages, bias", [(False, 1, True), (True, 2, False), (False, 0, False)])
+def test_opcheck(device, name, gated, stages, bias):
+    if name == "triton":
+        pytest.importorskip("triton")
+    x, layers = case(rows=(6, 6) if gated else (9, 5, 7), stages=stages, bias=bias)
+    x, layers, _ = leaves(x, layers, device, None, 0)
+    a, b = [t for p in layers for t in p.lora_a], [t for p in layers for t in p.lora_b]
+    biases, scales = [p.bias for p in layers if p.bias is not None], [c for p in layers for c in p.scales]
+    rows, weights = [p.rows for p in layers], [p.weight for p in layers]
+    with use_backend(name):
+        for keep in (False, True):
+            tensors = (x, weights, biases, a, b) if keep else (x.detach(), weights, biases, *_detached(a, b))
+            torch.library.opcheck(torch.ops.mlfs.joint_linear.default, (*tensors, scales, rows, gated, keep))
+        h = torch.ones(6, len(a) * 4, device=device)
+        z, up = (torch.ones(6, 6, device=device) for _ in range(2)) if gated else (None, None)
+        dys = [torch.ones(2, 3, m, device=device) for m in (rows[:1] if gated else rows)]
+        for needs_dx in (False, True):
+            trains = [s % max(stages, 1) == 0 for s in range(len(a))]
+            arguments = (dys, x.detach(), h, weights, *_detached(a, b), scales, trains, needs_dx, 20, z, up)
+            torch.library.opcheck(torch.ops.mlfs.joint_linear_backward.default, arguments)
+
+
+def _detached(*lists: list[Tensor]) -> list[list[Tensor]]:
+    return [[t.detach() for t in some] for some in lists]
