@@ -3,7 +3,7 @@
     python -m bench.gpu_static                  every configuration of the table, to bench/results/gpu_static.json
     python -m bench.gpu_static --quick          of each architecture the first configuration that takes any epilogue, in
                                                 bfloat16 (float16: the same loops, one of 321 aside)
-    python -m bench.gpu_static --arch sm90      one architecture
+    python -m bench.gpu_static --arch sm90      one architecture; the results of the others are kept
     python -m bench.gpu_static --summary        the last results in short, measuring nothing
 
 Each kernel is compiled by Triton as it would be on the device, and its machine code read: registers, spilled bytes,
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ from torch import Tensor
 
 from bench.offline import TARGETS, Launch, offline
 from mlfs.checkpoint import write_json
-from mlfs.kernels import decode, grouped, norm, sliced_linear
+from mlfs.kernels import decode, distill, grouped, norm, sliced_linear
 from mlfs.kernels.configs import DEVICES, PRODUCT, Config, candidates
 from mlfs.ops.grouped_linear import Group
 from mlfs.palette import table
 
 RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
-TOKENS, ROWS, COLUMNS, RANK = 4096, 3072, 768, 8
+TOKENS, ROWS, COLUMNS, RANK, VOCABULARY, PROJECTED = 4096, 3072, 768, 8, 49152, 64
 PLAIN = ("no stages", "backward, no stages")  # what the others' loops are compared with
 SLACK = 1.05
 NEWEST = {"sm90": "HGMMA", "sm100": "UTC"}  # what a tile of 64 or more tokens must run on
+PRODUCTS = ("_product", "_thin", "_reduce", "_parts", "_difference", "_spread")
+FP32 = ("distance, backward", "learned projection")  # what multiplies fp32 numbers where the model is in fp16
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -49,6 +52,8 @@ def main() -> None:
     if given.summary:
         print(summary(read_results(given.output)))
         return
+    writes = given.output != RESULTS or not (given.quick or given.kernel)
+    kept = rows_of_others(given.output, given.arch) if writes and given.arch and given.output.exists() else []
     rows: list[dict[str, Any]] = []
     for arch in given.arch or TARGETS:
         configs, types = PRODUCT[arch], [torch.bfloat16, torch.float16, torch.float32]
@@ -59,9 +64,10 @@ def main() -> None:
             rows.append(row)
             print(show([row]).splitlines()[-1], file=sys.stderr)
     print(show(rows))
-    if given.output != RESULTS or not (given.quick or given.arch or given.kernel):
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        values = [[row.get(key) for key in columns] for row in rows]
+    if writes:
+        ordered = sorted(kept + rows, key=lambda row: list(TARGETS).index(row["arch"]))
+        columns = list(dict.fromkeys(key for row in ordered for key in row))
+        values = [[row.get(key) for key in columns] for row in ordered]
         write_json(given.output, {"triton": triton.__version__, "columns": columns, "rows": values})
     if bad := [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]:
         raise SystemExit("\n".join(bad))
@@ -118,10 +124,10 @@ def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Call
     def forward(count: int, spans: list[int] = [0, ROWS], **options: Any) -> Callable[[], Any]:  # noqa: B006
         return lambda: sliced_linear.forward(x, weight, bias, *stages(count), spans, config=config, **options)
 
-    def backward(count: int, spans: list[int] = [0, ROWS]) -> Callable[[], Any]:  # noqa: B006
+    def backward(count: int, spans: list[int] = [0, ROWS], learns: bool = True) -> Callable[[], Any]:  # noqa: B006
         h = torch.empty(TOKENS, count * RANK, dtype=dtype)
         dz = y if spans == [0, ROWS] else part
-        trains = [s == count - 1 for s in range(count)]
+        trains = [learns and s == count - 1 for s in range(count)]
         return lambda: sliced_linear.backward(
             dz, x, h, weight, *stages(count), spans, trains, True, COLUMNS, config=config
         )
@@ -133,6 +139,7 @@ def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Call
         "fused projections, 1 stage": forward(1, fused),
         "backward, 1 stage": backward(1),
         "backward, fused projections": backward(1, fused),
+        "backward, frozen stage": backward(1, fused, learns=False),
     }
     if epilogue:
         calls |= {
@@ -180,7 +187,26 @@ def of_decode(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     return {"1 token": lambda: decode.forward(x[:1], weight, bias, *stages(3), [0, ROWS])}
 
 
-VARIANTS = {"sliced_linear": of_sliced_linear, "grouped": of_grouped, "norm": of_norm, "decode": of_decode}
+def of_distill(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
+    x, z = operands(dtype)[0], torch.empty(64, VOCABULARY, dtype=dtype)
+    labels, sums, mask = torch.empty(64, dtype=torch.int64), torch.empty(2, 64), torch.empty(TOKENS, dtype=torch.bool)
+    projection, d, scale = torch.empty(PROJECTED, COLUMNS), torch.empty(TOKENS, PROJECTED), torch.empty(())
+    return {
+        "task loss": lambda: distill.head_rows(z, None, labels, sums, 0.0, 1.0, 0.0, True),
+        "task loss, teacher": lambda: distill.head_rows(z, z, labels, sums, 0.5, 2.0, 0.1, True),
+        "distance": lambda: distill.difference(x, x, projection, mask, True),
+        "distance, backward": lambda: distill.spread(d, projection, scale, COLUMNS, dtype),
+        "learned projection": lambda: distill.projected_gradient(d, x),
+    }
+
+
+VARIANTS = {
+    "sliced_linear": of_sliced_linear,
+    "grouped": of_grouped,
+    "norm": of_norm,
+    "decode": of_decode,
+    "distill": of_distill,
+}
 
 
 def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,7 +243,8 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"spills {row['spills']} bytes"
     if row["shared"] > row["shared limit"]:
         yield f"takes {row['shared']} bytes of shared memory, the device has {row['shared limit']}"
-    if row["kernel"].endswith(("_product", "_thin", "_reduce", "_parts")) and not row["matrix"]:
+    no_units = row["arch"] == "gfx1100" and row["type"] == "float16" and row["variant"] in FP32  # for fp32
+    if row["kernel"].endswith(PRODUCTS) and not row["matrix"] and not no_units:
         yield "leaves the matrix units unused"
     if row["kernel"].endswith("_product"):
         if (kind := NEWEST.get(row["arch"])) and row["tokens"] >= 64 and kind not in row["matrix kind"]:
@@ -236,26 +263,36 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table([{k: v for k, v in row.items() if k not in ("shared limit", "tokens")} for row in rows])
 
 
+def rows_of_others(path: Path, measured: Sequence[str]) -> list[dict[str, Any]]:
+    """What a file holds of other architectures, if the same Triton compiled it."""
+    if (version := json.loads(path.read_text(encoding="utf-8"))["triton"]) != triton.__version__:
+        raise SystemExit(
+            f"{path} was compiled by Triton {version}, not {triton.__version__}: measure all architectures"
+        )
+    return [row for row in read_results(path) if row["arch"] not in measured]
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     result = json.loads(path.read_text(encoding="utf-8"))
     return [dict(zip(result["columns"], values, strict=True)) for values in result["rows"]]
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table with a line for each architecture and kernel."""
+    """A Markdown table, as in the README: of each architecture the two products, and all other kernels together."""
     lines = [
-        "| GPU | kernel | tiles | compiled | registers | spilled | shared memory | runs on | longest loop | load |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| GPU | kernel | registers | spilled | shared memory | runs on | longest main loop | load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for arch, kernel in dict.fromkeys((row["arch"], row["kernel"]) for row in rows):
-        some = [row for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)]
+    names = {"sliced_linear._product": "sliced product", "grouped._product": "several sizes"}
+    for arch, kernel in product(dict.fromkeys(row["arch"] for row in rows), (*names.values(), "the others")):
+        some = [row for row in rows if row["arch"] == arch and names.get(row["kernel"], "the others") == kernel]
+        if not some:
+            continue
         registers = [row["registers"] for row in some]
         ratios = [row["loop"] / row["plain loop"] for row in some if row["plain loop"]]
         cells = [
             arch,
-            f"`{kernel}`",
-            str(len({row["config"] for row in some})),
-            str(len(some)),
+            kernel,
             f"{min(registers)} to {max(registers)}",
             f"{max(row['spills'] for row in some)} B",
             f"{max(row['shared'] for row in some) / 1024:.0f} of {some[0]['shared limit'] // 1024} KiB",

@@ -62,12 +62,16 @@ def emulate(launch: Launch) -> None:
 
 
 def _teach(emu: Any) -> None:
+    if not hasattr(emu, "taught"):
+        emu.taught = True
+        _teach_dpp(emu)
+        _teach_memory(emu)
+
+
+def _teach_dpp(emu: Any) -> None:
     """Adds what row sums need and the emulator lacks: two DPP controls (lane n of each row; the lane whose number
     differs in the bits of n), and that a lane reads what another held before the instruction, also where its result
     goes into the register it is read from."""
-    if hasattr(emu, "taught"):
-        return
-    emu.taught = True
     known = emu._dpp16_ctrl
 
     def control(lane: Any, dpp: int, *rest: Any) -> Any:
@@ -95,6 +99,50 @@ def _teach(emu: Any) -> None:
     for kind, handler in emu._INST_HANDLERS.items():
         if handler is emu._compile_vop12 and kind.__name__.endswith("DPP16"):
             emu._INST_HANDLERS[kind] = at_once(handler)
+
+
+def _teach_memory(emu: Any) -> None:
+    """Adds that a 16-bit load from shared memory keeps the other half of its register, and that each wave has scratch
+    memory of its own. The emulator has one for all waves of a group: those that wait at a barrier would lose what they
+    spilled there."""
+    buffer = emu.Buffer
+
+    def load_half(instruction: Any, context: Any) -> Any:
+        name = emu._op_name(instruction)
+        if name.startswith("DS_LOAD") and "_D16" in name:
+            shift = 16 if name.endswith("_HI") else 0
+
+            class Half(emu._Ctx):
+                __slots__ = ()
+
+                def wvgpr_dyn(self, register: Any, lane: Any, value: Any, *rest: Any) -> Any:
+                    kept = self.rvgpr_dyn(register, lane) & (0xFFFF0000 >> shift)
+                    loaded = value.cast(emu.dtypes.uint32) << shift
+                    return super().wvgpr_dyn(register, lane, kept | loaded, *rest)
+
+            context.__class__ = Half
+        return emu._compile_mem_op(instruction, context)
+
+    class Scratch:
+        """Stands for the emulator's buffer: it is asked for its address once for each wave."""
+
+        def __init__(self, *shape: Any) -> None:
+            self.shape, self.waves = shape, []
+
+        def ensure_allocated(self) -> "Scratch":
+            return self
+
+        @property
+        def _buf(self) -> Any:
+            self.waves.append(buffer(*self.shape).ensure_allocated())
+            return self.waves[-1]._buf
+
+    emu.Buffer = lambda *shape, **options: (
+        Scratch(*shape) if shape[2] == emu.dtypes.uint8 else buffer(*shape, **options)
+    )
+    for kind, handler in emu._INST_HANDLERS.items():
+        if handler is emu._compile_mem_op and kind.__name__ == "DS":
+            emu._INST_HANDLERS[kind] = load_half
 
 
 def _load(blob: bytes) -> tuple[Any, int, int, int]:

@@ -26,6 +26,8 @@ def test_kernels_fit_spill_nothing_and_have_the_main_loop_of_a_plain_product(arc
     assert {"sliced_linear._product", "sliced_linear._thin", "sliced_linear._reduce"} <= names
     assert {"grouped._product", "grouped._thin", "grouped._reduce"} <= names
     assert {"norm._forward", "norm._backward", "decode._parts", "decode._sum"} <= names
+    assert {"distill._head_rows", "distill._difference", "distill._spread"} <= names
+    assert ("sliced_linear._thin_reduce" in names) == (arch != "gfx1100")  # there it takes two passes
 
 
 def test_published_results_are_of_the_table_and_have_no_faults():
@@ -38,7 +40,23 @@ def test_published_results_are_of_the_table_and_have_no_faults():
         tiles = {f"{c.block_t}x{c.block_c}x{c.block_k}, {c.warps} warps, {c.stages} stages" for c in PRODUCT[arch]}
         for kernel in ("sliced_linear._product", "grouped._product"):
             assert {row["config"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)} == tiles
-        assert f"| {arch} | `grouped._product` |" in summary(rows)
+        kernels = {row["kernel"] for row in rows if row["arch"] == arch}
+        assert {f"distill.{kernel}" for kernel in ("_head_rows", "_difference", "_spread")} <= kernels
+        assert ("sliced_linear._thin_reduce" in kernels) == (arch != "gfx1100")
+    assert summary(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_one_architecture_is_measured_into_the_results_of_the_others(tmp_path):
+    import triton
+
+    from bench.gpu_static import rows_of_others
+
+    path, rows = tmp_path / "static.json", [["sm80", 1], ["sm90", 2]]
+    path.write_text(json.dumps({"triton": triton.__version__, "columns": ["arch", "spills"], "rows": rows}))
+    assert rows_of_others(path, ["sm90"]) == [{"arch": "sm80", "spills": 1}]
+    path.write_text(json.dumps({"triton": "another", "columns": ["arch", "spills"], "rows": rows}))
+    with pytest.raises(SystemExit, match="another"):
+        rows_of_others(path, ["sm90"])
 
 
 @pytest.mark.parametrize(
@@ -50,14 +68,17 @@ def test_published_results_are_of_the_table_and_have_no_faults():
         {"matrix kind": "HMMA"},
         {"loop": 106},
         {"load bits": 64},
+        {"kernel": "distill._spread", "variant": "distance, backward", "matrix": 0},
+        {"kernel": "distill._difference", "arch": "gfx1100", "type": "float16", "matrix": 0},
     ],
 )
 def test_each_fault_is_found(change):
     from bench.gpu_static import faults
 
     good = {
-        "arch": "sm90", "kernel": "grouped._product", "tokens": 128, "spills": 0, "shared": 1000,
-        "shared limit": 232_448, "matrix": 4, "matrix kind": "HGMMA", "loop": 105, "plain loop": 100, "load bits": 128,
+        "arch": "sm90", "kernel": "grouped._product", "variant": "", "type": "bfloat16", "tokens": 128, "spills": 0,
+        "shared": 1000, "shared limit": 232_448, "matrix": 4, "matrix kind": "HGMMA", "loop": 105, "plain loop": 100,
+        "load bits": 128,
     }  # fmt: skip
     assert not list(faults(good))
     assert len(list(faults(good | change))) == 1
