@@ -104,6 +104,20 @@ struct Attention {
   Heads<T> dq, dk, dv;  // dk and dv are added to
 };
 
+// Task loss and divergence of rows of logits, and their gradient over z: see mlfs.ops.head_loss
+template <typename T>
+struct HeadRows {
+  int64_t vocabulary;
+  T* z;
+  int64_t z_stride;
+  const T* u;  // the teacher's, or null
+  int64_t u_stride;
+  const int64_t* labels;
+  T *task, *divergence;  // (rows)
+  double alpha, temperature, smoothing;
+  bool keep;  // whether the gradient is wanted
+};
+
 template <typename T>
 struct Kernels {
   const char* name;
@@ -114,6 +128,7 @@ struct Kernels {
   void (*add_norm_backward)(const AddNormBackward<T>&, int64_t begin, int64_t end);
   void (*attention)(const Attention<T>&, const Range&, int64_t head);           // a head of q
   void (*attention_backward)(const Attention<T>&, const Range&, int64_t head);  // a head of k and v
+  void (*head_rows)(const HeadRows<T>&, int64_t begin, int64_t end);
   // y = x · cos + turn(x) · sin, or the transposed rotation, for the heads of one token, `x_head` and `dim` apart
   void (*rotate)(const T* x, int64_t x_head, int64_t heads, int64_t dim, const T* cos, const T* sin, bool back, T* y);
   // 1 / (1 - p) or 0 for numbers (row, 0 .. n)

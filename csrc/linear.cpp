@@ -222,6 +222,26 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, con
   return {dx, gradients};
 }
 
+// out (rows, columns) = a (rows, depth) · bᵀ (columns, depth) + bias, of any strides; the rows of out lie side by side
+Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor& out) {
+  at::NoGradGuard no_grad;
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && out.dim() == 2 && out.size(0) == a.size(0) &&
+                  out.size(1) == b.size(0) && (!bias || bias->numel() == b.size(0)) &&
+                  (out.stride(1) == 1 || out.size(1) <= 1),
+              "product of ", a.sizes(), " and ", b.sizes(), " to ", out.sizes());
+  for (const Maybe& t : {Maybe(b), Maybe(out), bias})
+    TORCH_CHECK(!t || t->scalar_type() == a.scalar_type(), "factors, bias and result of a product differ in type");
+  const Maybe shift = contiguous(bias);
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product", [&] {
+    Products<scalar_t> one;
+    one.add(a.size(0), b.size(0), {piece<scalar_t>(a, 0, false, b, 0, 0, false, a.size(1))}, 1, data<scalar_t>(out),
+            out.stride(0))
+        .bias = data<scalar_t>(shift);
+    one.run();
+  });
+  return out;
+}
+
 // The forward pass alone; x, y, operand and residual may have any leading dimensions
 Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
                const Maybe& residual) {

@@ -224,6 +224,29 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q_, const Tensor& k_, const Tens
   return {one, two};
 }
 
+// Writes sums (2, rows) of logits z and u (rows, vocabulary), and the gradient over z: see mlfs.ops.head_loss
+void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Tensor& sums, double alpha,
+               double temperature, double smoothing, bool keep) {
+  const Tensor labels = labels_.contiguous();
+  const int64_t rows = z.size(0), vocabulary = z.size(1);
+  const auto fits = [&](const Tensor& t) { return t.sizes() == z.sizes() && t.stride(1) == 1; };
+  TORCH_CHECK(fits(z) && (!u || fits(*u)) && labels.numel() == rows && labels.scalar_type() == at::kLong &&
+                  sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == rows && sums.stride(1) == 1,
+              "loss of logits ", z.sizes(), ", labels ", labels.sizes(), ", sums ", sums.sizes());
+  TORCH_CHECK(sums.scalar_type() == z.scalar_type() && (!u || u->scalar_type() == z.scalar_type()),
+              "logits and sums differ in type");
+  for (int64_t i = 0; i < rows; i++)
+    TORCH_CHECK_INDEX(data<int64_t>(labels)[i] >= 0 && data<int64_t>(labels)[i] < vocabulary, "label ",
+                      data<int64_t>(labels)[i], " of a vocabulary of ", vocabulary);
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "head_rows", [&] {
+    const HeadRows<scalar_t> work = {vocabulary, data<scalar_t>(z), z.stride(0), data<scalar_t>(u),
+                                     u ? u->stride(0) : 0, data<int64_t>(labels), data<scalar_t>(sums),
+                                     data<scalar_t>(sums) + sums.stride(0), alpha, temperature, smoothing, keep};
+    at::parallel_for(0, rows, grain(8 * vocabulary),
+                     [&](int64_t i, int64_t j) { kernels<scalar_t>().head_rows(work, i, j); });
+  });
+}
+
 // (rows, columns): 1 / (1 - p), or 0 for what dropout drops
 Tensor dropout_mask(int64_t rows, int64_t columns, double p, uint64_t seed) {
   const int64_t whole = (columns + 63) / 64 * 64;
@@ -248,6 +271,7 @@ std::string limit_instructions(int level) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto free = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("product", &mlfs::product, free);
   m.def("linear", &mlfs::linear, free);
   m.def("encoder_layer", &mlfs::encoder_layer, free);
   m.def("linear_forward", &mlfs::linear_forward, free);
@@ -257,6 +281,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("add_norm_backward", &mlfs::add_norm_backward, free);
   m.def("attention", &mlfs::attention, free);
   m.def("attention_backward", &mlfs::attention_backward, free);
+  m.def("head_rows", &mlfs::head_rows, free);
   m.def("rotary", &mlfs::rotary, free);
   m.def("dropout_mask", &mlfs::dropout_mask, free);
   m.def("instructions", &mlfs::instructions);

@@ -46,6 +46,7 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dy, cons
                                                          const std::vector<Layer>& layers,
                                                          const std::vector<std::vector<bool>>& trains, bool needs_dx,
                                                          int64_t n);
+Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor& out);
 Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
                const Maybe& residual);
 

@@ -84,8 +84,8 @@ def test_a_run_comes_to_the_same_weights_and_evaluates_with_logits(tmp_path):
 
 def test_under_autocast_logits_are_made_in_its_type(tmp_path, monkeypatch):
     module, seen = sys.modules["mlfs.ops.head_loss"], []
-    real = module._logits
-    monkeypatch.setattr(module, "_logits", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
+    real = module._product
+    monkeypatch.setattr(module, "_product", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
     results = []
     for fused in (True, False):
         t = trainer(

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, in_autocast_type
+from mlfs.ops.backend import backend_of, cpp, in_autocast_type
 from mlfs.ops.distill import divergence
 
 IGNORED = -100  # the label of rows that do not count
 # Of the logits of one chunk. A GPU's library product wants some hundred rows; the reference takes a few such tensors.
-CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20, "cpp": 16 << 20}
+CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20, "cpp": 32 << 20}
 
 __all__ = ["IGNORED", "head_loss", "head_loss_reference"]
 
@@ -157,16 +157,18 @@ def _in_chunks(
     mine, other = (x.new_empty((size if used else 0, stride)) for used in (True, teacher is not None))
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
-        z = _logits(x[rows], w, b, mine)
-        u = None if teacher is None else _logits(teacher[rows].to(x.dtype), whole, b, other)
+        count = rows.stop - start
+        z = _product(x[rows], w, b, mine[:count, :vocabulary], backend)
+        u = None if teacher is None else _product(teacher[rows], whole, b, other[:count, :vocabulary], backend)
         if backend == "triton":
             from mlfs.kernels import distill
 
-            distill.head_rows(z, u, labels[rows], sums[:, rows], alpha, temperature, smoothing, keep)
+            head_rows = distill.head_rows
         else:
-            _head_rows(z, u, labels[rows], sums[:, rows], alpha, temperature, smoothing, keep)
+            head_rows = cpp().head_rows if backend == "cpp" else _head_rows
+        head_rows(z, u, labels[rows], sums[:, rows], alpha, temperature, smoothing, keep)
         if keep:
-            torch.mm(z, w, out=dx[rows])
+            _product(z, w.t(), None, dx[rows], backend)
     return sums, dx
 
 
@@ -177,10 +179,12 @@ def _rows_of_chunk(tokens: int, row_bytes: int, limit: int) -> int:
     return -(-tokens // -(-tokens // most))
 
 
-def _logits(x: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
-    """x · wᵀ + b, in the leading part of the buffer."""
-    out = buffer[: x.shape[0], : w.shape[0]]
-    return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor, backend: str) -> Tensor:
+    """x · wᵀ + b, written to out, which has their type."""
+    if backend == "cpp":
+        return cpp().product(x.to(out.dtype), w, b, out)
+    x, w = x.to(out.dtype), w.t()
+    return torch.mm(x, w, out=out) if b is None else torch.addmm(b, x, w, out=out)
 
 
 def _head_rows(

@@ -14,6 +14,7 @@ from mlfs.elastic import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.attention import ragged_attention, ragged_attention_reference, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import use_backend
+from mlfs.ops.head_loss import IGNORED, head_loss, head_loss_reference
 from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
 from mlfs.ops.norm import add_norm, add_norm_reference
 from mlfs.ops.rotary import rotary, rotary_reference
@@ -419,6 +420,43 @@ def test_rotary_embeddings_equal_the_formula(dtype, data):
     torch.autograd.backward(goal, [t.double() for t in slopes])
     for a, b in zip(mine, exact, strict=True):
         close(a.grad, b.grad, dtype)
+
+
+# ---- loss of a head -------------------------------------------------------------------------------------------------
+
+
+@TYPES
+@settings(max_examples=40)
+@given(data=st.data())
+def test_the_loss_of_a_head_equals_the_formula(dtype, data):
+    tokens, n, vocabulary = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 90))
+    temperature, smoothing = data.draw(st.sampled_from([1.0, 2.5])), data.draw(st.sampled_from([0.0, 0.2]))
+    alpha, teaches, far = data.draw(st.floats(0, 1)), data.draw(st.booleans()), data.draw(st.sampled_from([1, 40]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype) * far
+
+    x, weight, bias = some(tokens, n), some(vocabulary, n + 2) / far, some(vocabulary)
+    labels = torch.randint(-1, vocabulary, (tokens,), generator=generator)
+    labels[labels < 0] = IGNORED
+    teacher = some(tokens, n + 2) if teaches else None
+    outcomes = []
+    for kind, op in ((dtype, head_loss), (torch.float64, head_loss_reference)):
+        mine = x.detach().to(kind).requires_grad_()
+        more = [None if t is None else t.to(kind) for t in (weight, bias, teacher)]
+        sums = op(mine, more[0], more[1], labels, more[2], alpha, temperature, smoothing)
+        sums[0].backward()
+        outcomes.append([*(t.detach() for t in sums), mine.grad])
+    for a, b in zip(*outcomes, strict=True):
+        close(a, b.double(), dtype, scale=20)
+
+
+def test_a_label_outside_of_the_vocabulary_is_refused():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+    for wrong in (7, -1):
+        with pytest.raises(IndexError, match=f"label {wrong} of a vocabulary of 7"):
+            head_loss(x, weight, None, torch.tensor([0, wrong, 1]))
 
 
 # ---- dispatch -------------------------------------------------------------------------------------------------------
