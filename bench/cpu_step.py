@@ -7,11 +7,12 @@
 Training: one iteration of `MLFSTrainer` over four sizes (maxnet teaches the others) against one step of each size with
 PEFT (LoRA of rank 8 on every linear, distilled from the full model, whose forward pass is part of the step); the same
 batch, dropout rates, losses and optimizer. The floor is what the linear layers' own matrix products (forward, and the
-gradient of their input) take at the sgemm rate of the same run, for the tokens that are no padding. All variants take
-turns in one process; figures are medians, with quartiles.
+gradient of their input) take at the rate of torch.mm in the same run, for the tokens that are no padding. All variants
+take turns in one process; figures are medians, with quartiles.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -180,9 +181,9 @@ def train(kind: str, sizes: tuple[Subnet, ...], batch: dict[str, Tensor], repeat
     for size in sizes:
         twin = supernet_of(kind).extract(size)
         variants[f"PEFT {size}"] = peft_step(twin, teacher, batch, causal=kind == "decoder")
-    variants["sgemm"] = sgemm
+    variants |= {"sgemm": sgemm, "extension": own_product}
     times = alternate(variants, repeats, kind)
-    rate = SGEMM_FLOPS / median(times["sgemm"])
+    rate, own_rate = (SGEMM_FLOPS / median(times[name]) for name in ("sgemm", "extension"))
     tokens = int(batch["attention_mask"].sum())
     floor = sum(products(supernet, size) for size in sizes) * tokens / rate
     peft = [sum(row) for row in zip(*(times[name] for name in variants if name.startswith("PEFT")), strict=True)]
@@ -195,6 +196,8 @@ def train(kind: str, sizes: tuple[Subnet, ...], batch: dict[str, Tensor], repeat
         "mlfs / PEFT": spread([a / b for a, b in zip(mine, peft, strict=True)]),
         "mlfs / floor": median(mine) / floor,
         "sgemm GFLOP/s": rate / 1e9,
+        "extension GFLOP/s": own_rate / 1e9,
+        "mlfs / own floor": median(mine) / floor * own_rate / rate,
         "tokens": tokens,
     }
 
@@ -218,13 +221,19 @@ SGEMM_SIZE = 1024
 SGEMM_FLOPS = 2 * SGEMM_SIZE**3
 
 
+@functools.cache
+def square(name: str) -> Tensor:
+    return torch.randn(SGEMM_SIZE, SGEMM_SIZE)
+
+
 def sgemm() -> None:
-    if "a" not in _sgemm:
-        _sgemm.update(a=torch.randn(SGEMM_SIZE, SGEMM_SIZE), b=torch.randn(SGEMM_SIZE, SGEMM_SIZE))
-    torch.mm(_sgemm["a"], _sgemm["b"])
+    """PyTorch's product."""
+    torch.mm(square("a"), square("b"), out=square("out"))
 
 
-_sgemm: dict[str, Tensor] = {}
+def own_product() -> None:
+    """The same by the extension."""
+    cpp().product(square("a"), square("b").t(), None, square("out"))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -434,6 +443,8 @@ def show(result: dict[str, Any]) -> str:
             ]
             rows += [{"what": "mlfs / PEFT", "time": ratio(r["mlfs / PEFT"])}]
             rows += [{"what": "mlfs / floor", "time": f"{r['mlfs / floor']:.2f}"}]
+            own = f"mlfs / floor at the extension's {r['extension GFLOP/s']:.0f} GFLOP/s"
+            rows += [{"what": own, "time": f"{r['mlfs / own floor']:.2f}"}]
             lines += ["", f"Training step, {kind}", table(rows)]
     if "memory" in result:
         lines += ["", "Peak memory beyond the loaded model (ratio: of whole processes)", table([result["memory"]])]
