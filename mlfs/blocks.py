@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PostNorm, PreNorm, RotaryAttention, SelfAttention
 from mlfs.ops.attention import ragged_attention, ranges_of_keys, ranges_of_sequences
-from mlfs.ops.backend import backend_of, is_direct
+from mlfs.ops.backend import autocast_type, backend_of, is_direct
 from mlfs.ops.layers import encoder_layer
 from mlfs.ops.rotary import rotary
 from mlfs.sizes import RowSizes
@@ -197,6 +197,8 @@ def _sees_all_before(module: Any, q: Tensor, k: Tensor, mask: Tensor | None, opt
     window = options.get("sliding_window")
     return (
         mask is None
+        and module.is_causal
+        and options.get("is_causal", True)
         and module.config._attn_implementation == "sdpa"
         and (window is None or k.shape[2] <= window)
         and not torch.compiler.is_compiling()
@@ -283,6 +285,7 @@ def _takes_ranges(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]
     return (
         not torch.compiler.is_compiling()  # which cannot trace a context variable
         and backend_of(hidden_states) == "cpp"
+        and (_packs.get() or autocast_type(hidden_states) is None)
         # others are the user's own; eager attention may be asked for its weights
         and encoder.config._attn_implementation in (("sdpa", "eager") if _packs.get() else ("sdpa",))
         and not encoder.config.is_decoder  # which attends to what is before
@@ -293,7 +296,7 @@ def _takes_ranges(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]
 
 def _kept(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which tokens count (batch, length), from a mask (batch, 1, any, length) that is the same for every query: True,
-    or 0 to be added. None where it is not."""
+    or 0 to be added, not the lowest number. None where it is not, or where it weighs keys."""
     if mask is None:
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool)
     if mask.dim() != 4 or mask.shape[:2] != (hidden_states.shape[0], 1):
@@ -301,7 +304,10 @@ def _kept(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask.stride(2) and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
         return None
     row = mask[:, 0, 0]
-    return row if row.dtype == torch.bool else row == 0
+    if row.dtype == torch.bool:
+        return row
+    kept, left_out = row == 0, row <= torch.finfo(row.dtype).min / 2
+    return kept if bool((kept | left_out).all()) else None
 
 
 def _key_ranges(kept: Tensor) -> Tensor | None:

@@ -421,6 +421,29 @@ def test_padding_stays_where_it_has_to(compiled, tokens_seen):
     assert set(seen) == {(3, 11, 48)}
 
 
+def test_a_mask_that_weighs_keys_is_kept(compiled, unfused):
+    """Numbers to be added that are neither 0 nor the lowest."""
+    mine, theirs = (f("bert", "ForTokenClassification", dtype=torch.float64) for f in (elastic, unfused))
+    ids, lowest = inputs()["input_ids"], torch.finfo(torch.float64).min
+    for some in (-1.5, lowest):
+        mask = torch.zeros(3, 1, 11, 11, dtype=torch.float64)
+        mask[:, :, :, 2] = some
+        with torch.no_grad():
+            found, expected = (supernet(ids, attention_mask=mask).logits for supernet in (mine, theirs))
+        kept = torch.arange(11) != 2
+        assert distance(found[:, kept], expected[:, kept]) < 1e-9
+
+
+def test_attention_that_is_not_causal_stays_so(compiled, unfused):
+    mine, theirs = (f("llama", "ForCausalLM", dtype=torch.float64) for f in (elastic, unfused))
+    for supernet in (mine, theirs):
+        for layer in supernet.layers:
+            layer.self_attn.is_causal = False
+    with torch.no_grad():
+        found, expected = (supernet(inputs()["input_ids"], use_cache=False).logits for supernet in (mine, theirs))
+    assert distance(found, expected) < 1e-5
+
+
 def test_a_mask_of_each_query_is_kept(compiled, tokens_seen):
     """One that is not the same for every query cannot be had by leaving tokens out."""
     supernet = elastic("bert", "ForTokenClassification", dtype=torch.float64)
