@@ -1,6 +1,6 @@
 """Quality and training time of one palette against the same sizes trained alone with PEFT.
 
-    python bench/palette_quality.py                      both sides, about three quarters of an hour on two cores
+    python bench/palette_quality.py                      both sides, about half an hour on two cores
     python bench/palette_quality.py --only mlfs          one side; results of the other are kept
     python bench/palette_quality.py --table              prints the table of the recorded results
 

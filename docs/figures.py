@@ -43,6 +43,7 @@ def palette(result: dict[str, Any], path: Path) -> None:
         xlabel="parameters (millions; 11.9 of them word embeddings at full width)", ylabel="SST-2 dev accuracy (%)"
     )
     axes.grid(alpha=0.3)
+    axes.margins(y=0.1)
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
