@@ -26,6 +26,14 @@ def reference():
         yield
 
 
+@pytest.fixture
+def poisoned_memory():
+    """New memory is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if _on_gpu(config):
         os.environ.setdefault("MLFS_TUNE", "0")  # tests are many small shapes

@@ -17,14 +17,9 @@ from tests.ops.test_head_loss import MODULE, Head, example, heads
 
 
 @pytest.fixture(autouse=True)
-def kernels():
-    """The kernels run; new memory is NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        with use_backend("triton"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def kernels(poisoned_memory):
+    with use_backend("triton"):
+        yield
 
 
 def agree(head: Head, tolerance: float) -> None:

@@ -12,16 +12,8 @@ from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_referen
 from tests.calls import LAYOUTS, strided
 from tests.devices import move, on_each_device
 
-pytestmark = on_each_device
+pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 BACKENDS = ["reference", "triton"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New memory is NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(

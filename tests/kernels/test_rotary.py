@@ -13,7 +13,7 @@ from mlfs.ops.rotary import rotary, rotary_reference
 from tests.calls import LAYOUTS, strided
 from tests.devices import move, on_each_device
 
-pytestmark = on_each_device
+pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 OP = torch.ops.mlfs.rotary.default
 BACKENDS = ["reference", "triton"]
 
@@ -25,14 +25,6 @@ def backend(request):
         pytest.importorskip("triton")
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New memory is NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(
