@@ -79,7 +79,7 @@ def measure(
     arch: str, configs: Sequence[Config], types: Sequence[torch.dtype], kernels: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """A row for each kernel that the operators' passes launch, in each variant and each configuration it may run in."""
-    seen = set()
+    read_before, seen = set(), set()
     for config in configs:
         for dtype in types:
             if not admits(arch, config, dtype):
@@ -90,6 +90,9 @@ def measure(
                 with offline(arch) as launches:
                     call()
                 for launch in launches:
+                    if (code := (launch.kernel.hash, dtype)) in read_before:
+                        continue
+                    read_before.add(code)
                     row = read(launch, variant, dtype, config)
                     if launch.name.endswith(LOOPS):
                         row["plain loop"] = plain.setdefault(variant.startswith("backward"), row["loop"])
