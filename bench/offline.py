@@ -86,12 +86,19 @@ class Launch:
         return sorted({found[0] for line in self.assembly if (found := re.search(MATRIX[self.arch], line))})
 
     @cached_property
-    def main_loop(self) -> list[str]:
-        """Of the innermost loops with matrix instructions the one with most: from a branch's target to the branch."""
+    def main_loops(self) -> list[list[str]]:
+        """Of the innermost loops with matrix instructions those with most, from a branch's target to the branch: one,
+        or one for each span or layer that a product goes over in turn."""
         loops = [(a, b) for a, b in self._loops() if self._count(self.assembly[a:b])]
         inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-        a, b = max(inner, key=lambda ends: self._count(self.assembly[slice(*ends)]), default=(0, 0))
-        return [line for line in self.assembly[a:b] if not _LABEL.match(line)]
+        bodies = [[line for line in self.assembly[a:b] if not _LABEL.match(line)] for a, b in inner]
+        most = max(map(self._count, bodies), default=0)
+        return [body for body in bodies if self._count(body) == most]
+
+    @property
+    def loop_length(self) -> int:
+        """Instructions of a step: the mean of the main loops, rounded up."""
+        return -(-sum(map(len, self.main_loops)) // max(len(self.main_loops), 1))
 
     @property
     def global_load_bits(self) -> int:
