@@ -418,9 +418,10 @@ def project(x: Tensor, *layers: ElasticLinear, gated: bool = False) -> list[Tens
         found = [layer.projection() for layer in layers]
         parts = [part for part in found if part is not None]
         if len(parts) == len(layers):
-            if not gated and is_direct(x, *(part.weight for part in parts)):
+            direct = is_direct(x, *(part.weight for part in parts))
+            if direct and not gated:
                 return direct_linears(x, [(*part[:5], [0, part.rows]) for part in parts])
-            if may_join(parts):
+            if not direct and may_join(parts):
                 return joint_linear(x, parts, gated)
     if not gated:
         return [layer(x) for layer in layers]
