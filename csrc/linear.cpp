@@ -86,7 +86,7 @@ void check(const Layer& layer, int64_t n, at::ScalarType type) {
                 " to ", spans[i] + spans[i + 1], " of W of ", weight.sizes());
 }
 
-// t's rows from `row` as the a or the b of a piece
+// a from its column `a_column`, b from (b_row, b_column), each transposed if `turned`
 template <typename T>
 Piece<T> piece(const Tensor& a, int64_t a_column, bool a_turned, const Tensor& b, int64_t b_row, int64_t b_column,
                bool b_turned, int64_t depth) {

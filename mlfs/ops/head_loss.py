@@ -155,17 +155,15 @@ def _in_chunks(
     stride = -(-vocabulary // 64) * 64  # an odd vocabulary's rows, too, start and end at whole cache lines
     size = _rows_of_chunk(tokens, stride * x.dtype.itemsize, CHUNK_BYTES[backend])
     mine, other = (x.new_empty((size if used else 0, stride)) for used in (True, teacher is not None))
+    if backend == "triton":
+        from mlfs.kernels.distill import head_rows
+    else:
+        head_rows = cpp().head_rows if backend == "cpp" else _head_rows
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         count = rows.stop - start
         z = _product(x[rows], w, b, mine[:count, :vocabulary], backend)
         u = None if teacher is None else _product(teacher[rows], whole, b, other[:count, :vocabulary], backend)
-        if backend == "triton":
-            from mlfs.kernels import distill
-
-            head_rows = distill.head_rows
-        else:
-            head_rows = cpp().head_rows if backend == "cpp" else _head_rows
         head_rows(z, u, labels[rows], sums[:, rows], alpha, temperature, smoothing, keep)
         if keep:
             _product(z, w.t(), None, dx[rows], backend)

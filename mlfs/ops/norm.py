@@ -121,7 +121,7 @@ def _add_norm(
     if p:
         x = x * _mask(x, p, seed)
     y, s = add_norm_reference(x, residual, weight, bias, eps, rms)
-    return y, (s if residual is not None or p else x.new_empty(0))
+    return y, s if adds else x.new_empty(0)
 
 
 @_add_norm.register_fake
