@@ -10,6 +10,7 @@ from torch.nn import functional
 from bench.gpu_timing import Case, Contender
 from mlfs.ops import divergence, layer_norm, rms_norm, sliced_linear
 from mlfs.ops.backend import use_backend
+from mlfs.ops.feed_forward import feed_forward, feed_forward_reference
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear
 from mlfs.ops.joint_linear import Projection, joint_linear
 from mlfs.ops.norm import add_norm
@@ -42,6 +43,7 @@ def cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bool) -> It
             yield _several(device, dtype, f"{model} {rows}x{columns}", tokens, rows, columns)
             width = min(shapes[0])
             yield _together(device, dtype, f"{model} 3 x {shapes[0][0]}x{shapes[0][1]}", tokens, *shapes[0])
+            yield _feed_forward(device, dtype, f"{model} {rows}x{columns}", tokens, rows, columns, model != "BERT-base")
             yield _rotary(device, dtype, f"{model} {width}", tokens, width)
             yield _norm(device, dtype, f"{model} {width}", tokens, width, rms=model != "BERT-base")
             yield _dropout_add_norm(device, dtype, f"{model} {width}", tokens, width)
@@ -204,6 +206,46 @@ def _together(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int
 
     flops = 3 * (4 * tokens * rows * columns + 6 * tokens * RANK * (rows + columns))
     return Case("kernels", f"3 layers of one x, forward + backward, {size}, {tokens} tokens", dtype, build, flops=flops)
+
+
+def _feed_forward(
+    device: str, dtype: torch.dtype, size: str, tokens: int, rows: int, columns: int, gated: bool
+) -> Case:
+    """The block with its residual: activation and sums in the products, against calls layer by layer."""
+
+    def build() -> dict[str, Contender]:
+        x = _randn(tokens, columns, device=device, dtype=dtype).requires_grad_()
+        shapes = [(rows, columns)] * (1 + gated) + [(columns, rows)]
+        layers = [
+            Projection(
+                _randn(m, n, device=device, dtype=dtype), None, [_randn(RANK, n, device=device).requires_grad_()],
+                [_randn(m, RANK, device=device).requires_grad_()], [SCALE], m,
+            )
+            for m, n in shapes
+        ]  # fmt: skip
+        dy, activation = _randn(tokens, columns, device=device, dtype=dtype), "silu_mul" if gated else "gelu"
+        wanted = [x, *(t for layer in layers for t in (*layer.lora_a, *layer.lora_b))]
+
+        def ours() -> Tensor:
+            return feed_forward(x, layers, activation, x)[0]
+
+        def one_by_one() -> Tensor:
+            *ups, down = [lambda t, p=p, **more: sliced_linear(t, *p[:5], [0, p.rows], **more) for p in layers]
+            gate = {"activation": activation, **({"operand": ups[-1](x)} if gated else {})}
+            return down(ups[0](x, **gate), residual=x)
+
+        def plain() -> Tensor:
+            return feed_forward_reference(x, layers, activation, x)
+
+        return {
+            "mlfs": _contender(ours, wanted, dy),
+            "one by one": _contender(one_by_one, wanted, dy),
+            "cuBLAS + adapters": _contender(one_by_one, wanted, dy, "reference"),
+            "PyTorch": _contender(plain, wanted, dy),
+        }
+
+    flops = (2 + gated) * (4 * tokens * rows * columns + 6 * tokens * RANK * (rows + columns))
+    return Case("kernels", f"feed-forward, forward + backward, {size}, {tokens} tokens", dtype, build, flops=flops)
 
 
 def _rotary(device: str, dtype: torch.dtype, size: str, tokens: int, width: int) -> Case:

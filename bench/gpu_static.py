@@ -37,6 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu_static.json"
 TOKENS, ROWS, COLUMNS, RANK, VOCABULARY, PROJECTED = 4096, 3072, 768, 8, 49152, 64
 PLAIN = ("no stages", "backward, no stages")  # what the others' loops are compared with
 SLACK = {"sm80": 1.07, "sm90": 1.06}  # else 1.05; there some loops get more copies between registers
+THROUGH = ("backward, GELU", "backward, tanh GELU", "backward, SiLU gate")  # backward through an activation
 NEWEST = {"sm90": "HGMMA", "sm100": "UTC"}  # what a tile of 64 or more tokens must run on
 LOOPS = ("_product", "joint._sum")  # the products of whole matrices: what has the loop of a plain one
 PRODUCTS = (*LOOPS, "_thin", "_reduce", "_parts", "_difference", "_spread")
@@ -86,8 +87,10 @@ def measure(
             if not admits(arch, config, dtype):
                 continue
             plain: dict[bool, int] = {}
-            epilogue = admits(arch, config, dtype, epilogue=True)
+            epilogue, gradient = (admits(arch, config, dtype, *more) for more in ((True, False), (True, True)))
             for variant, call in variants(dtype, config, kernels, epilogue).items():
+                if variant in THROUGH and not gradient:
+                    continue
                 with offline(arch) as launches:
                     call()
                 for launch in launches:
@@ -105,11 +108,11 @@ def measure(
                         yield row
 
 
-def admits(arch: str, config: Config, dtype: torch.dtype, epilogue: bool = False) -> bool:
+def admits(arch: str, config: Config, dtype: torch.dtype, epilogue: bool = False, gradient: bool = False) -> bool:
     """Whether a product of x and W of that type may run in a configuration; fp32 where it runs as tf32."""
     if dtype == torch.float32 and not arch.startswith("sm"):
         return False
-    return config in candidates(arch, TOKENS, ROWS, dtype.itemsize, dtype.itemsize, epilogue)
+    return config in candidates(arch, TOKENS, ROWS, dtype.itemsize, dtype.itemsize, epilogue, gradient)
 
 
 def variants(dtype: torch.dtype, config: Config, kernels: Sequence[str], epilogue: bool) -> Calls:
@@ -130,12 +133,18 @@ def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Call
     def forward(count: int, spans: list[int] = [0, ROWS], **options: Any) -> Callable[[], Any]:  # noqa: B006
         return lambda: sliced_linear.forward(x, weight, bias, *stages(count), spans, config=config, **options)
 
-    def backward(count: int, spans: list[int] = [0, ROWS], learns: bool = True) -> Callable[[], Any]:  # noqa: B006
+    def backward(
+        count: int,
+        spans: list[int] = [0, ROWS],  # noqa: B006
+        learns: bool = True,
+        **options: Any,
+    ) -> Callable[[], Any]:
         h = torch.empty(TOKENS, count * RANK, dtype=dtype)
         dz = y if spans == [0, ROWS] else part
         trains = [learns and s == count - 1 for s in range(count)]
+        kept = None if "pre" in options else x
         return lambda: sliced_linear.backward(
-            dz, x, h, weight, *stages(count), spans, trains, True, COLUMNS, config=config
+            dz, kept, h, weight, *stages(count), spans, trains, True, COLUMNS, config=config, **options
         )
 
     calls = {
@@ -155,6 +164,10 @@ def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Call
             "tanh GELU": forward(1, activation="gelu_tanh", keep_pre=True),
             "SiLU gate": forward(1, activation="silu_mul", operand=y, keep_pre=True),
             "residual": forward(1, residual=y),
+            "backward, GELU": backward(1, activation="gelu", pre=x),
+            "backward, tanh GELU": backward(1, activation="gelu_tanh", pre=x),
+            "backward, SiLU gate": backward(1, activation="silu_mul", pre=x, operand=x),
+            "backward, residual": backward(1, residual=x),
         }
     return calls
 
@@ -188,10 +201,10 @@ def of_joint(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
         options = (*stages(layers * count), rows, gated, True, config)
         return lambda: joint.forward(x, [weight] * layers, [bias] * layers, *options)
 
-    def backward(rows: list[int], count: int) -> Callable[[], Any]:
+    def backward(rows: list[int], count: int, residual: Tensor | None = None) -> Callable[[], Any]:
         dys, total = [torch.empty(TOKENS, m, dtype=dtype) for m in rows], len(rows) * count
         h, trains = torch.empty(TOKENS, total * RANK, dtype=dtype), [s % count == count - 1 for s in range(total)]
-        options = (*stages(total), trains, True, COLUMNS, config)
+        options = (*stages(total), trains, True, COLUMNS, config, residual)
         return lambda: joint.backward(dys, x, h, [weight] * len(rows), *options)
 
     calls = {"3 projections": forward([2048, 512, 512], 1, False)}
@@ -199,6 +212,7 @@ def of_joint(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
         calls |= {
             "gated projections, 2 stages": forward([ROWS, ROWS], 2, True),
             "backward, 3 projections": backward([2048, 512, 512], 1),
+            "backward, 3 projections, residual": backward([2048, 512, 512], 1, x),
             "backward, 2 projections, 2 stages": backward([ROWS, ROWS], 2),
         }
     return calls

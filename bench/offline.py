@@ -129,8 +129,9 @@ class Launch:
         places = {m[1]: i for i, line in enumerate(self.assembly) if (m := _LABEL.match(line))}
         for i, line in enumerate(self.assembly):
             if found := re.search(r"\b(?:BRA\S*|s_c?branch\w*)\s.*?\(?`?\(?\.?([\w$.]*L\w+)", line):
-                start = places.get(found[1])
-                if start is not None and start < i:
+                start = places.get(found[1], i)
+                # what comes after the end is a wait that was moved there, not a loop around all between
+                if start < i and not any(re.match(r"EXIT|s_endpgm", line) for line in self.assembly[start:i]):
                     yield start, i + 1
 
 

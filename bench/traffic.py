@@ -27,7 +27,9 @@ from torch.utils.flop_counter import flop_registry
 from mlfs.kernels import configs, decode, joint, norm, rotary, sliced_linear
 
 # by name: `mlfs.ops` has functions of these names
-OPERATORS = [import_module(f"mlfs.ops.{name}") for name in ("joint_linear", "norm", "rotary", "sliced_linear")]
+OPERATORS = [
+    import_module(f"mlfs.ops.{name}") for name in ("feed_forward", "joint_linear", "norm", "rotary", "sliced_linear")
+]
 CALLERS = [import_module(f"mlfs.{name}") for name in ("blocks", "elastic")]  # what asks for the backend, too
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
@@ -89,8 +91,13 @@ def _product(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, i
     reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])}
     options = {"h": (a["STAGES"], tokens * width), "bias": (a["HAS_BIAS"], columns)}
     options |= {"operand": (a["ACTIVATION"] == "silu_mul", out), "residual": (a["HAS_RESIDUAL"], out)}
+    options["pre"] = (a["GRADIENT"], out)
     reads |= {name: size for name, (wanted, size) in options.items() if wanted}
-    return reads, {"y": out, **({"pre": out} if a["KEEP_PRE"] else {})}, 2 * out * (depth + width)
+    gated = a["GRADIENT"] and a["ACTIVATION"] == "silu_mul"
+    more = {"pre": a["KEEP_PRE"], "d_operand": gated}
+    writes = {"y": out} | {name: out for name, wanted in more.items() if wanted}
+    writes |= {"partial": a["partial"].shape[0] * a["RANKS"] * columns} if a["RANKS"] else {}
+    return reads, writes, 2 * out * (depth + width + a["RANKS"])
 
 
 def _sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
@@ -98,6 +105,7 @@ def _sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     depths = {i: a[f"m{i}"] for i in range(a["LAYERS"])}
     reads = {f"d{i}": tokens * m for i, m in depths.items()} | {f"w{i}": m * columns for i, m in depths.items()}
     reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])} | ({"g": tokens * width} if width else {})
+    reads |= {"residual": tokens * columns} if a["HAS_RESIDUAL"] else {}
     return reads, {"dx": tokens * columns}, 2 * tokens * columns * (sum(depths.values()) + width)
 
 

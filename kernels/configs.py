@@ -91,6 +91,9 @@ PRODUCT: dict[str, tuple[Config, ...]] = {
 }
 
 
+# Tiles in which a product that goes back through an activation would run out of registers.
+TOO_LARGE_FOR_GRADIENTS = {"sm90": (128, 64), "sm100": (128, 64), "gfx942": (128, 128), "gfx1100": (64, 64)}
+
 # Depth of a tile and pipeline stages where tiles are thin and loads are all there is: the thin product, and decoding.
 THIN = {"gfx942": (64, 2), "gfx1100": (32, 2), "sm86": (64, 3), "sm89": (64, 3)}
 _assumed: str | None = None
@@ -129,7 +132,13 @@ def thin(device: torch.device, itemsize: int) -> tuple[int, int]:
 
 
 def candidates(
-    arch: str, tokens: int, columns: int, itemsize: int, weight_itemsize: int, epilogue: bool = False
+    arch: str,
+    tokens: int,
+    columns: int,
+    itemsize: int,
+    weight_itemsize: int,
+    epilogue: bool = False,
+    gradient: bool = False,
 ) -> list[Config]:
     """The configurations that fit the device, best first by the cost model.
 
@@ -148,8 +157,10 @@ def candidates(
         return triton.cdiv(blocks, device.processors) * work * (1 + 32 / reuse)
 
     fits = [c for c in PRODUCT[arch] if c.shared_bytes(itemsize, weight_itemsize, device.reads_shared) <= device.shared]
-    if epilogue:
+    if epilogue or gradient:
         fits = [c for c in fits if c.block_t * c.block_c <= 128 * 128]
+    if gradient:
+        fits = [c for c in fits if (c.block_t, c.block_c) != TOO_LARGE_FOR_GRADIENTS.get(arch)]
     return sorted(fits or PRODUCT[arch][-1:], key=cost)
 
 
@@ -160,6 +171,7 @@ def choose(
     dtypes: tuple[torch.dtype, torch.dtype],
     run: Callable[[Config], Any] | None = None,
     epilogue: bool = False,
+    gradient: bool = False,
     keep: int = 3,
 ) -> Config:
     """The configuration of `kernel` for a shape (tokens, columns, depth) and the types of x and W.
@@ -168,12 +180,14 @@ def choose(
         run: launches the kernel with a configuration; the best `keep` candidates are timed with it, once per shape
             class (sizes rounded up to powers of two) and GPU.
         epilogue: whether the kernel does more with its tile than add a bias and one stage.
+        gradient: whether it takes its tile back through an activation.
     """
-    fitting = candidates(arch, shape[0], shape[1], dtypes[0].itemsize, dtypes[1].itemsize, epilogue)
+    fitting = candidates(arch, shape[0], shape[1], dtypes[0].itemsize, dtypes[1].itemsize, epilogue, gradient)
     if run is None or len(fitting) == 1 or not may_tune():
         return fitting[0]
     sizes = "x".join(str(triton.next_power_of_2(max(size, 1))) for size in shape)
-    key = f"{kernel}{'+epilogue' if epilogue else ''}/{sizes}/{str(dtypes[0])[6:]}/{str(dtypes[1])[6:]}"
+    more = "+gradient" if gradient else "+epilogue" if epilogue else ""
+    key = f"{kernel}{more}/{sizes}/{str(dtypes[0])[6:]}/{str(dtypes[1])[6:]}"
     tuned = _tuned(_cache_file())
     if key not in tuned:
         times = {config: _time(run, config) for config in fitting[:keep]}

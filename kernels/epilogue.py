@@ -34,6 +34,16 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activation_gradient(d, z, other, ACTIVATION: tl.constexpr):
+    """(dz, d_other) in fp32 from the gradient d of act(z); d_other is for gated pairs."""
+    gate = d
+    if ACTIVATION == "silu_mul":
+        gate = d * z * tl.sigmoid(z)
+        d *= other
+    return d * activation_slope(z, ACTIVATION), gate
+
+
+@triton.jit
 def activation_backward_kernel(
     dy, pre, operand, dz, d_operand, rows, columns, dy_t, pre_t, operand_t,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,10 +55,10 @@ def activation_backward_kernel(
         mask = c < columns
         d = tl.load(dy + row * dy_t + c, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(pre + row * pre_t + c, mask=mask, other=0.0).to(tl.float32)
-        slope = activation_slope(z, ACTIVATION)
+        other = z
         if ACTIVATION == "silu_mul":
             other = tl.load(operand + row * operand_t + c, mask=mask, other=0.0).to(tl.float32)
-            gate = d * z * tl.sigmoid(z)
+        d, gate = activation_gradient(d, z, other, ACTIVATION)
+        if ACTIVATION == "silu_mul":
             tl.store(d_operand + row * columns + c, gate.to(d_operand.dtype.element_ty), mask=mask)
-            d = d * other
-        tl.store(dz + row * columns + c, (d * slope).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + row * columns + c, d.to(dz.dtype.element_ty), mask=mask)

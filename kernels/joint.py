@@ -30,12 +30,13 @@ from mlfs.kernels.sliced_linear import (
 
 @triton.jit
 def _sum(
-    d0, d1, d2, w0, w1, w2, g, p0, p1, p2, dx, tokens, columns, m0, m1, m2, d0_t, d1_t, d2_t, w0_k, w0_c, w1_k, w1_c,
-    w2_k, w2_c, g_t, p_q, p_c,
-    LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    d0, d1, d2, w0, w1, w2, g, p0, p1, p2, residual, dx, tokens, columns, m0, m1, m2, d0_t, d1_t, d2_t, w0_k, w0_c,
+    w1_k, w1_c, w2_k, w2_c, g_t, p_q, p_c, residual_t,
+    LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_T × BLOCK_C tile of dx = Σ_i d_i · W_i + g · P, over the m_i rows of each W_i."""
+    """One BLOCK_T × BLOCK_C tile of dx = Σ_i d_i · W_i + g · P + residual, over the m_i rows of each W_i."""
     tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
     t, c = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows, in_columns = t < tokens, c < columns
@@ -49,8 +50,10 @@ def _sum(
         xs, ws = d2 + t64 * d2_t + k[None, :], w2 + c64[None, :] * w2_c + k[:, None] * w2_k
         acc = accumulate(acc, xs, ws, m2, w2_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
     acc = add_stages(acc, g, p0, p1, p2, t, in_rows, c64, in_columns, g_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
-    out = dx + t.to(tl.int64)[:, None] * columns + c64[None, :]
-    tl.store(out, acc.to(dx.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+    t64, mask = t.to(tl.int64)[:, None], in_rows[:, None] & in_columns[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + t64 * residual_t + c64[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + t64 * columns + c64[None, :], acc.to(dx.dtype.element_ty), mask=mask)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
@@ -104,8 +107,12 @@ def backward(
     needs_dx: bool,
     columns: int,
     config: Config | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """[dx (T, columns), or (0, columns) unless needed; dA, dB of each stage that trains] from dy_i (T, m_i) and h."""
+    """[dx (T, columns), or (0, columns) unless needed; dA, dB of each stage that trains] from dy_i (T, m_i) and h.
+
+    residual: (T, columns), added to dx.
+    """
     dys, tokens = [with_rows(dy) for dy in dys], dys[0].shape[0]
     all_stages, own = Stages.pack(lora_a, [], scales), _of_each(len(weights), lora_a, lora_b, scales)
     dx = dys[0].new_empty((tokens if needs_dx else 0, columns))
@@ -132,7 +139,7 @@ def backward(
                 rank = lora_a[s].shape[0]
                 launch_finish(partial, da, s * rank, rank, [0, columns], transposed=False)
         if needs_dx:
-            _launch_sum(dys, weights, g, all_stages, dx, config)
+            _launch_sum(dys, weights, g, all_stages, residual, dx, config)
     return [dx, *(t for pair in zip(das, dbs, strict=True) for t in pair)]
 
 
@@ -149,21 +156,30 @@ def _place(i: int, own: Sequence[Stages]) -> slice:
 
 
 def _launch_sum(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor, stages: Stages, dx: Tensor, config: Config | None
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    g: Tensor,
+    stages: Stages,
+    residual: Tensor | None,
+    dx: Tensor,
+    config: Config | None,
 ) -> None:
     def three(values: Sequence[Any]) -> list[Any]:
         return [*values, values[0]][:3]
 
     sizes = [dy.shape[1] for dy in dys]
+    residual = None if residual is None else with_rows(residual)
 
     def run(config: Config) -> None:
         tiles = triton.cdiv(dx.shape[0], config.block_t) * triton.cdiv(dx.shape[1], config.block_c)
         _sum[(tiles,)](
-            *three(dys), *three(weights), g if stages.width else dx, *stages.three(stages.a, dx), dx, *dx.shape,
+            *three(dys), *three(weights), g if stages.width else dx, *stages.three(stages.a, dx),
+            dx if residual is None else residual, dx, *dx.shape,
             *three(sizes), *three([dy.stride(0) for dy in dys]),
             *(stride for strides in three([w.stride() for w in weights]) for stride in strides),
-            g.stride(0), stages.a[0].stride(0) if stages.a else 0, 1, LAYERS=len(weights), STAGES=stages.count,
-            RANK=max(stages.rank, 1), EVEN_K=all(size % config.block_k == 0 for size in sizes),
+            g.stride(0), stages.a[0].stride(0) if stages.a else 0, 1, 0 if residual is None else residual.stride(0),
+            LAYERS=len(weights), STAGES=stages.count, RANK=max(stages.rank, 1), HAS_RESIDUAL=residual is not None,
+            EVEN_K=all(size % config.block_k == 0 for size in sizes),
             PRECISION=precision_of(dx), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mlfs.kernels.configs import Config, architecture, choose, thin
-from mlfs.kernels.epilogue import activation_backward_kernel, apply_activation
+from mlfs.kernels.epilogue import activation_backward_kernel, activation_gradient, apply_activation
 
 MAX_SPANS = MAX_STAGES = 3  # in one launch; more spans take more launches, more stages are packed into one
 
@@ -163,16 +163,58 @@ def _thin(
 
 
 @triton.jit
+def store_gradient(
+    acc, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first, end, g_t, y_t, operand_t, first_rank,
+    ACTIVATION: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """From acc, the gradient of x = act(pre) [· operand] in BLOCK_C columns: that of pre to y, that of operand to
+    d_operand; and partial[tile_t, q, c] = Σ_t g[t, first_rank + q] · x[t, c] for RANKS ranks q, with x made again."""
+    if BLOCK_C > 32:  # in parts: with all that it meets, the tile does not fit into registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1)))
+        store_gradient(
+            left, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first, end, g_t, y_t, operand_t,
+            first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, BLOCK_R,
+        )  # fmt: skip
+        store_gradient(
+            right, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first + BLOCK_C // 2, end, g_t, y_t,
+            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, BLOCK_R,
+        )  # fmt: skip
+    else:
+        t64, c = t.to(tl.int64), first + tl.arange(0, BLOCK_C)
+        mask, out = in_rows[:, None] & (c < end)[None, :], t64[:, None] * y_t + c[None, :]
+        z = tl.load(pre + out, mask=mask, other=0.0).to(tl.float32)
+        other = z
+        if ACTIVATION == "silu_mul":
+            other = tl.load(operand + t64[:, None] * operand_t + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc, gate = activation_gradient(acc, z, other, ACTIVATION)
+        tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
+        if ACTIVATION == "silu_mul":
+            tl.store(d_operand + out, gate.to(d_operand.dtype.element_ty), mask=mask)
+        x = apply_activation(z, other, ACTIVATION).to(pre.dtype.element_ty)
+        for r in tl.static_range(0, RANKS, BLOCK_R):
+            q = r + tl.arange(0, BLOCK_R)
+            in_ranks = (q < RANKS)[:, None]
+            gs = tl.load(
+                g + t64[None, :] * g_t + (first_rank + q)[:, None], mask=in_ranks & in_rows[None, :], other=0.0
+            )
+            sums = dot(gs, x, tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
+            place = partial + (tile_t.to(tl.int64) * RANKS + q)[:, None] * end + c[None, :]
+            tl.store(place, sums, mask=in_ranks & (c < end)[None, :])
+
+
+@triton.jit
 def _product(
-    x, w, bias, h, p0, p1, p2, operand, residual, y, pre,
-    tokens, depth, columns, x_t, h_t, w_k, w_c, p_q, p_c, operand_t, residual_t, y_t, s0, l0, s1, l1, s2, l2,
+    x, w, bias, h, p0, p1, p2, operand, residual, y, pre, d_operand, partial, tokens, depth, columns, x_t, h_t,
+    w_k, w_c, p_q, p_c, operand_t, residual_t, y_t, first_rank, s0, l0, s1, l1, s2, l2,
     STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, SPANS_K: tl.constexpr, UNIT_K: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP_PRE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    GRADIENT: tl.constexpr, RANKS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_T × BLOCK_C tile of y = act(x · P + h · Q + bias) + residual; P and Q are W and the stages, read
-    through strides w_k, w_c and p_q, p_c."""
+    through strides w_k, w_c and p_q, p_c. GRADIENT: the sum is the gradient of act(pre) instead, and y that of pre; see
+    `store_gradient`."""
     tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -202,20 +244,26 @@ def _product(
         acc = accumulate(acc, xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
     acc = add_stages(acc, h, p0, p1, p2, t, in_rows, rows, in_columns, h_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
 
-    mask = in_rows[:, None] & in_columns[None, :]
-    t64, column = t.to(tl.int64), offset + c
-    if HAS_BIAS:
-        acc += tl.load(bias + rows, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    out = t64[:, None] * y_t + column[None, :]
-    if KEEP_PRE:
-        tl.store(pre + out, acc.to(pre.dtype.element_ty), mask=mask)
-    other = acc
-    if ACTIVATION == "silu_mul":
-        other = tl.load(operand + t64[:, None] * operand_t + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    acc = apply_activation(acc, other, ACTIVATION)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + t64[:, None] * residual_t + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
+    t64 = t.to(tl.int64)[:, None]
+    if GRADIENT:
+        store_gradient(
+            acc, h, pre, operand, y, d_operand, partial, tile_t, t, in_rows, tile * BLOCK_C, length, h_t, y_t,
+            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
+    else:
+        mask, column = in_rows[:, None] & in_columns[None, :], (offset + c)[None, :]
+        out = t64 * y_t + column
+        if HAS_BIAS:
+            acc += tl.load(bias + rows, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if KEEP_PRE:
+            tl.store(pre + out, acc.to(pre.dtype.element_ty), mask=mask)
+        other = acc
+        if ACTIVATION == "silu_mul":
+            other = tl.load(operand + t64 * operand_t + column, mask=mask, other=0.0).to(tl.float32)
+        acc = apply_activation(acc, other, ACTIVATION)
+        if HAS_RESIDUAL:
+            acc += tl.load(residual + t64 * residual_t + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -356,15 +404,26 @@ def backward(
     needs_dx: bool,
     columns: int,
     config: Config | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    pre: Tensor | None = None,
+    operand: Tensor | None = None,
 ) -> list[Tensor]:
-    """[dx (T, n), or (0, n) unless needed; dA_s, dB_s of each stage that trains] from dz (T, m) and h of `forward`."""
+    """[dx (T, n), or (0, n) unless needed; dA_s, dB_s of each stage that trains] from dz (T, m) and h of `forward`.
+
+    residual: (T, n), added to dx. activation: what x = act(pre) [· operand] was made by, both (T, n); then the list
+    starts with the gradients of pre and of operand, if there is one, instead of dx; without x, it is made again for dA,
+    beside dx, which is needed then.
+    """
     tokens, n = dz.shape[0], columns
     dz = with_rows(dz)
     stages = Stages.pack(lora_a, lora_b, scales)
     dx = dz.new_empty((tokens if needs_dx else 0, n))
     gradients = [torch.zeros_like(t) for s, train in enumerate(trains) if train for t in (lora_a[s], lora_b[s])]
+    before = [dx] if operand is None else [dx, torch.empty_like(dx)]
     if dz.numel() == 0 or n == 0:
-        return [dx.zero_(), *gradients]
+        dx.zero_() if residual is None else dx.copy_(residual)
+        return [dx, *(t.zero_() for t in before[1:]), *gradients]
     g = dz.new_empty((tokens, stages.width))
     parts = in_launches(spans)
     read = parts[0]
@@ -372,11 +431,26 @@ def backward(
         rows = torch.cat([torch.arange(a, a + k, device=dz.device) for a, k in pairs_of(spans)])
         weight, read = weight[:, :n].index_select(0, rows), [0, dz.shape[1]]
         stages = stages.read_rows(rows)
+    again = None  # the ranks whose dA comes from the product, which makes x again
     if any(trains):
-        assert x is not None and h is not None
+        assert h is not None
         ranks, starts = trained_ranks(lora_a, trains)
         partial_b = launch_back(dz, h[:, ranks], g, stages, read)
-        partial_a = launch_reduce(g[:, ranks], with_rows(x))
+        if x is None:
+            again = ranks
+        else:
+            partial_a = launch_reduce(g[:, ranks], with_rows(x))
+    elif needs_dx:
+        launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
+    if needs_dx:
+        made = launch_product(
+            dz, weight, None, g, stages.a, stages, read, True, n, dx, config, activation, _with_rows_or_none(operand),
+            _with_rows_or_none(residual), None if pre is None else pre.contiguous(), before[-1], gradient=True,
+            reduces=again,
+        )  # fmt: skip
+        if again:
+            partial_a = made
+    if any(trains):
         goals = iter(gradients)
         for s, train in enumerate(trains):
             if train:
@@ -387,11 +461,7 @@ def backward(
                     width = sum(some[1::2])
                     launch_finish(partial_b[:, :, column : column + width], goal, place, rank, some, transposed=True)
                     column += width
-    elif needs_dx:
-        launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
-    if needs_dx:
-        launch_product(dz, weight, None, g, stages.a, stages, read, True, n, dx, config)
-    return [dx, *gradients]
+    return [*before, *gradients]
 
 
 def activation_backward(
@@ -474,33 +544,49 @@ def launch_product(
     operand: Tensor | None = None,
     residual: Tensor | None = None,
     pre: Tensor | None = None,
-) -> None:
-    """w: (K, C) as the product reads it. size: the depth, or with `reads_spans` the columns."""
+    d_operand: Tensor | None = None,
+    gradient: bool = False,
+    reduces: slice | None = None,
+) -> Tensor:
+    """w: (K, C) as the product reads it. size: the depth, or with `reads_spans` the columns.
+
+    gradient: through the activation, back to `pre`, which is then read and not written, and to d_operand. Then
+    (parts, R', columns) is returned: h[:, reduces] (T, R')ᵀ · act(pre) [· operand] over some tokens each.
+    """
     tokens = x.shape[0]
     lengths = spans[1::2]
     columns = size if reads_spans else sum(lengths)
     depths = lengths if reads_spans else [size]
     p_q, p_c = (0, 0) if not p else (p[0].stride(0), 1) if reads_spans else (1, p[0].stride(0))
 
+    ranks, gradient = 0 if reduces is None else reduces.stop - reduces.start, gradient and activation != "none"
+    partial = y
+
     def run(config: Config) -> None:
+        nonlocal partial
+        if ranks:
+            parts = triton.cdiv(tokens, config.block_t)
+            partial = torch.empty((parts, ranks, columns), dtype=torch.float32, device=x.device)
         tiles_c = sum(triton.cdiv(length, config.block_c) for length in ([columns] if reads_spans else lengths))
         _product[(triton.cdiv(tokens, config.block_t) * tiles_c,)](
             x, w, _or(bias, x), h if stages.width else x, *stages.three(p, x), _or(operand, x), _or(residual, x), y,
-            _or(pre, y), tokens, sum(depths), columns, x.stride(0), h.stride(0), *w.stride(), p_q, p_c,
-            0 if operand is None else operand.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
-            *six(spans), STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=len(lengths), SPANS_K=reads_spans,
+            _or(pre, y), _or(d_operand, y), partial, tokens, sum(depths), columns, x.stride(0), h.stride(0),
+            *w.stride(), p_q, p_c, 0 if operand is None else operand.stride(0),
+            0 if residual is None else residual.stride(0), y.stride(0), reduces.start if reduces else 0, *six(spans),
+            STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=len(lengths), SPANS_K=reads_spans,
             UNIT_K=w.stride(0) == 1, EVEN_K=all(length % config.block_k == 0 for length in depths),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP_PRE=pre is not None,
-            HAS_RESIDUAL=residual is not None, PRECISION=precision_of(x), BLOCK_T=config.block_t,
-            BLOCK_C=config.block_c, BLOCK_K=config.block_k, BLOCK_R=stages.block_r, GROUP=config.group,
-            num_warps=config.warps, num_stages=config.stages,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP_PRE=pre is not None and not gradient,
+            GRADIENT=gradient, RANKS=ranks, HAS_RESIDUAL=residual is not None,
+            PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
+            BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     if config is None:
         shape, kinds = (tokens, columns, sum(depths)), (x.dtype, w.dtype)
         epilogue = activation != "none" or residual is not None or stages.count > 1
-        config = choose("product", architecture(x.device), shape, kinds, run, epilogue)
+        config = choose("product", architecture(x.device), shape, kinds, run, epilogue, gradient)
     run(config)
+    return partial
 
 
 def launch_back(dz: Tensor, h: Tensor, g: Tensor, stages: Stages, spans: Sequence[int]) -> Tensor:

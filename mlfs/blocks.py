@@ -5,7 +5,7 @@ parts by their names; only its forward pass is one of those below. It computes t
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import attrgetter
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
+from mlfs.elastic import ElasticLayerNorm, ElasticLinear, ElasticNorm, ElasticRMSNorm, feed_forward, project
 from mlfs.families import MLP, Activated, AddNorm, Block, GatedMLP, PostNorm, PreNorm, RotaryAttention, SelfAttention
 from mlfs.ops.attention import ragged_attention, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import autocast_type, backend_of, is_direct
@@ -86,9 +86,8 @@ def _activated(spec: Activated, activation: str) -> Forward:
 @functools.cache
 def _mlp(spec: MLP, activation: str) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        hidden_states = getattr(self, spec.up)(hidden_states, activation=activation)
-        hidden_states = getattr(self, spec.down)(hidden_states)
-        return getattr(self, spec.dropout)(hidden_states) if spec.dropout else hidden_states
+        (y,) = feed_forward(hidden_states, [getattr(self, spec.up)], getattr(self, spec.down), activation)
+        return getattr(self, spec.dropout)(y) if spec.dropout else y
 
     return forward
 
@@ -96,8 +95,8 @@ def _mlp(spec: MLP, activation: str) -> Forward:
 @functools.cache
 def _gated_mlp(spec: GatedMLP) -> Forward:
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        (x,) = project(x, getattr(self, spec.gate), getattr(self, spec.up), gated=True)
-        return getattr(self, spec.down)(x, residual=residual)
+        ups = [getattr(self, spec.gate), getattr(self, spec.up)]
+        return feed_forward(x, ups, getattr(self, spec.down), "silu_mul", residual)[0]
 
     return forward
 
@@ -106,11 +105,15 @@ def _gated_mlp(spec: GatedMLP) -> Forward:
 def _add_norm(spec: AddNorm) -> Forward:
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         linear, dropout, norm = (getattr(self, name) for name in (spec.linear, spec.dropout, spec.norm))
-        if self.training and dropout.p:
-            return norm.after(linear(hidden_states), input_tensor, dropout.p)[0]
-        return norm(linear(hidden_states, residual=input_tensor))  # added while the product is in registers
+        return _norm_of_sum(linear, dropout, norm, hidden_states, input_tensor)
 
     return forward
+
+
+def _norm_of_sum(linear: ElasticLinear, dropout: nn.Dropout, norm: ElasticNorm, x: Tensor, residual: Tensor) -> Tensor:
+    if dropout.training and dropout.p:
+        return norm.after(linear(x), residual, dropout.p)[0]
+    return norm(linear(x, residual=residual))  # added while the product is in registers
 
 
 @functools.cache
@@ -128,31 +131,49 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
 
 @functools.cache
 def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
-    """By one call of the extension for CPUs where nothing goes on between the parts: no gradients, dropout or hooks."""
+    """Where nobody watches its parts: in training on kernels, with sums of gradients in the products; on CPUs, without
+    gradients and dropout, by one call of the extension."""
     names = [name for role, name in vars(spec).items() if role != "activation"]
     parents = {name.rpartition(".")[0] for name in names} | {spec.attention.rpartition(".")[0]}
     parts_of, outer_of = attrgetter(*names), attrgetter(*sorted(parents - {"", *names}))
 
     def forward(
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        if not self.training and attention_mask is not None and attention_mask.dtype == torch.long:
-            parts, outer = parts_of(self), outer_of(self)
-            attention, query, key, value, attention_out, norm, up, down, last_norm = parts
-            linears = query, key, value, attention_out, up, down
-            layers = [linear.reads_now() for linear in linears]
-            if is_direct(hidden_states, *(layer[0] for layer in layers)) and not any(map(_has_hooks, parts + outer)):
+        ranges = attention_mask if attention_mask is not None and attention_mask.dtype == torch.long else None
+        trains = torch.is_grad_enabled() and backend_of(hidden_states) == "triton"
+        if (trains or (ranges is not None and not self.training)) and not _watched(parts_of(self) + outer_of(self)):
+            attention, q, k, v, dropout, out, out_dropout, norm, up, down, down_dropout, last_norm = parts_of(self)
+            elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
+            known = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is not None
+            if trains and known and not elsewhere and not self.chunk_size_feed_forward:
+                *heads, s = project(hidden_states, q, k, v, carries=True)
+                options = {k: v for k, v in kwargs.items() if k not in ("encoder_attention_mask", "past_key_values")}
+                x, _ = _attend(attention, heads, attention_mask, dropout, options)
+                t = _norm_of_sum(out, out_dropout, norm, x, s)
+                if not (down_dropout.training and down_dropout.p):
+                    return last_norm(feed_forward(t, [up], down, activation, residual=t)[0])
+                y, t = feed_forward(t, [up], down, activation, carries=True)
+                return last_norm.after(y, t, down_dropout.p)[0]
+            layers = [linear.reads_now() for linear in (q, k, v, out, up, down)]
+            if ranges is not None and is_direct(hidden_states, *(layer[0] for layer in layers)):
                 return encoder_layer(
                     hidden_states, layers[:3], layers[3], norm.reads_now(), layers[4], activation, layers[5],
-                    last_norm.reads_now(), attention_mask, attention.attention_head_size, attention.scaling,
+                    last_norm.reads_now(), ranges, attention.attention_head_size, attention.scaling,
                 )  # fmt: skip
-        return original(self, hidden_states, attention_mask, *args, **kwargs)
+        return original(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
 
     return forward
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _watched(modules: Sequence[nn.Module]) -> bool:
+    """Whether someone has hooks on their calls."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 @functools.cache
@@ -216,17 +237,25 @@ def _self_attention(spec: SelfAttention, original: Forward) -> Forward:
         if ranges is None and (attend is None or args or kwargs.get("past_key_values") is not None):
             return original(self, hidden_states, attention_mask, *args, **kwargs)
         layers = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
-        size = self.attention_head_size
-        q, k, v = (t.view(*t.shape[:-1], -1, size) for t in project(hidden_states, *layers))
-        p = getattr(self, spec.dropout).p if self.training else 0.0
-        if ranges is not None:
-            return ragged_attention(q, k, v, ranges, self.scaling, p=p).flatten(2), None
-        assert attend is not None
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
-        return o.flatten(2), weights
+        heads = project(hidden_states, *layers)
+        return _attend(self, heads, attention_mask, getattr(self, spec.dropout), kwargs)
 
     return forward
+
+
+def _attend(
+    module: Any, heads: Sequence[Tensor], mask: Tensor | None, dropout: nn.Dropout, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """(Attention, its weights or None) both ways between query, key and value, each (batch, length, heads side by
+    side), under a mask or ranges."""
+    q, k, v = (t.view(*t.shape[:-1], -1, module.attention_head_size) for t in heads)
+    p = dropout.p if module.training else 0.0
+    if mask is not None and mask.dtype == torch.long:
+        return ragged_attention(q, k, v, mask, module.scaling, p=p).flatten(2), None
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    o, weights = attend(module, q, k, v, mask, dropout=p, scaling=module.scaling, **options)
+    return o.flatten(2), weights
 
 
 # ---- without padding ------------------------------------------------------------------------------------------------

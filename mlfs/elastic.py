@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of, is_direct
+from mlfs.ops.feed_forward import feed_forward as feed_forward_operator
+from mlfs.ops.feed_forward import may_feed_forward
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import Projection, joint_linear, may_join
 from mlfs.ops.norm import add_norm
@@ -411,22 +413,45 @@ class ElasticRMSNorm(ElasticNorm):
         return module
 
 
-def project(x: Tensor, *layers: ElasticLinear, gated: bool = False) -> list[Tensor]:
-    """What each layer makes of the same x; gated: of two layers, SiLU(the first's) · the second's, alone. On kernels in
-    one call."""
-    if x.shape[-1] <= layers[0].in_features and backend_of(x) != "reference":
-        found = [layer.projection() for layer in layers]
-        parts = [part for part in found if part is not None]
-        if len(parts) == len(layers):
-            direct = is_direct(x, *(part.weight for part in parts))
-            if direct and not gated:
-                return direct_linears(x, [(*part[:5], [0, part.rows]) for part in parts])
-            if not direct and may_join(parts):
-                return joint_linear(x, parts, gated)
+def project(x: Tensor, *layers: ElasticLinear, gated: bool = False, carries: bool = False) -> list[Tensor]:
+    """What each layer makes of the same x; gated: of two layers, SiLU(the first's) · the second's, alone; and x, if it
+    `carries`, for what else reads it. On kernels in one call."""
+    more = [x] if carries else []
+    if backend_of(x) != "reference" and (parts := _projections(x, layers)):
+        direct = is_direct(x, *(part.weight for part in parts))
+        if direct and not gated:
+            return direct_linears(x, [(*part[:5], [0, part.rows]) for part in parts]) + more
+        if not direct and may_join(parts):
+            return joint_linear(x, parts, gated, carries)
     if not gated:
-        return [layer(x) for layer in layers]
+        return [layer(x) for layer in layers] + more
     gate, up = layers
-    return [gate(x, activation="silu_mul", operand=up(x))]
+    return [gate(x, activation="silu_mul", operand=up(x)), *more]
+
+
+def feed_forward(
+    x: Tensor,
+    ups: Sequence[ElasticLinear],
+    down: ElasticLinear,
+    activation: str,
+    residual: Tensor | None = None,
+    carries: bool = False,
+) -> list[Tensor]:
+    """[down(act(up(x))) + residual], for two `ups` (gate and up) [down(SiLU(gate(x)) · up(x)) + residual]; and x, if it
+    `carries`, for what else reads it. In training on kernels in one call."""
+    if torch.is_grad_enabled() and backend_of(x) == "triton":
+        parts = _projections(x, [*ups, down])
+        if parts and may_feed_forward(parts, activation):
+            return feed_forward_operator(x, parts, activation, residual, carries)
+    (y,) = project(x, *ups, gated=True) if len(ups) > 1 else [ups[0](x, activation=activation)]
+    return [down(y, residual=residual), *([x] if carries else [])]
+
+
+def _projections(x: Tensor, layers: Sequence[ElasticLinear]) -> list[Projection]:
+    """All layers as operators of several take them; none where one has to be called."""
+    found = [layer.projection() for layer in layers] if x.shape[-1] <= layers[0].in_features else []
+    parts = [part for part in found if part is not None]
+    return parts if len(parts) == len(layers) else []
 
 
 def train_stage(module: nn.Module, stage: int | None) -> None:

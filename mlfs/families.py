@@ -111,18 +111,22 @@ class PreNorm:
 class PostNorm:
     """A layer that is last_norm(t + down(activation(up(t)))) for t = norm(x + attention_out(attention(x))).
 
-    There is dropout before both sums; its attention is a SelfAttention of the three projections.
+    There is dropout before both sums; its attention is a SelfAttention of the three projections. Its module has the
+    attribute `chunk_size_feed_forward`.
     """
 
     attention: str
     query: str
     key: str
     value: str
+    attention_dropout: str
     attention_out: str
+    out_dropout: str
     norm: str
     up: str
     activation: str
     down: str
+    down_dropout: str
     last_norm: str
 
 
@@ -220,11 +224,14 @@ _BERT_BLOCKS: dict[str, Block] = {
         query="attention.self.query",
         key="attention.self.key",
         value="attention.self.value",
+        attention_dropout="attention.self.dropout",
         attention_out="attention.output.dense",
+        out_dropout="attention.output.dropout",
         norm="attention.output.LayerNorm",
         up="intermediate.dense",
         activation="intermediate.intermediate_act_fn",
         down="output.dense",
+        down_dropout="output.dropout",
         last_norm="output.LayerNorm",
     ),
 }

@@ -325,18 +325,26 @@ def test_decoding_on_a_cpu_makes_the_models_tokens(name, compiled, unfused):
         assert distance(*(torch.stack(made.logits) for made in outcomes)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ROTARY)
-def test_gradients_that_meet_are_added_by_the_kernels(name):
-    """Those of query, key and value, of gate and up, and of both residual streams."""
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("name", WHOLLY)
+def test_gradients_that_meet_are_added_by_the_kernels(name, drops):
+    """Those of query, key and value, of gate and up, and of both residual streams; and none goes through an activation
+    in a pass of its own."""
     pytest.importorskip("triton")
-    supernet = elastic(name, "ForCausalLM")
+    if drops and name in ROTARY:
+        pytest.skip("these models drop nothing")
+    supernet = elastic(name, "ForCausalLM" if name in ROTARY else "ForSequenceClassification")
+    dropouts = [m for m in supernet.layers.modules() if isinstance(m, torch.nn.Dropout)]
+    for dropout in dropouts:
+        dropout.p = 0.1 if drops else 0.0
     with use_backend("triton"):
-        loss = supernet(**inputs(), use_cache=False).logits.square().mean()
+        out = supernet.base_model(**inputs(), **({"use_cache": False} if name in ROTARY else {})).last_hidden_state
         with Calls() as calls:
-            loss.backward()
+            out.square().mean().backward()
     layers = supernet.dimensions.layers
     own = 2 * layers if name == "qwen3" else 0  # the norms over head_dim are the model's own
-    expected = {"joint_linear_backward": 2 * layers, "rotary": layers, "add": own, "add_": 0}
+    expected = {"joint_linear_backward": layers, "feed_forward_backward": layers, "add": own, "add_": 0}
+    expected |= {"sliced_linear_backward": layers, "rotary": layers if name in ROTARY else 0}
     assert {key: calls.seen[key] for key in expected} == expected
 
 

@@ -50,28 +50,35 @@ def may_join(layers: Sequence[Projection]) -> bool:
     return 2 <= len(layers) <= 3 and len(kinds) == 1 and len({a.shape for p in layers for a in p.lora_a}) <= 1
 
 
-def joint_linear(x: Tensor, layers: Sequence[Projection], gated: bool = False) -> list[Tensor]:
-    """The formula above, with W and b frozen: [y_0, y_1, ...], or, gated, [y].
+def joint_linear(x: Tensor, layers: Sequence[Projection], gated: bool = False, carries: bool = False) -> list[Tensor]:
+    """The formula above, with W and b frozen: [y_0, y_1, ...], or, gated, [y]; and x, if it `carries`.
 
     Args:
         x: (..., n), floating point; under autocast cast to its type.
         layers: two or three that `may_join`; if gated, two of as many rows.
+        carries: x is returned too, for what else reads it: the gradient that comes back through it is added by the
+            product that makes dx. Not with gated layers.
 
     Raises:
         MLFSError: layers that cannot go together.
     """
-    if not may_join(layers) or (gated and (len(layers) != 2 or layers[0].rows != layers[1].rows)):
+    alike = len(layers) == 2 and layers[0].rows == layers[1].rows and not carries
+    if not may_join(layers) or (gated and not alike):
         raise MLFSError(
             f"{len(layers)} layers of {', '.join(str(layer.rows) for layer in layers)} rows: expected two or three "
-            "with the same number of stages, of one rank, and all with a bias or none; gated, two of one size"
+            "with the same number of stages, of one rank, and all with a bias or none; gated, two of one size, and "
+            "x is not carried on"
         )
-    x = in_autocast_type(x)
+    given, x = x, in_autocast_type(x)
     lora_a, lora_b = [a for layer in layers for a in layer.lora_a], [b for layer in layers for b in layer.lora_b]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_a, *lora_b))
     biases = [layer.bias for layer in layers if layer.bias is not None]
     scales, rows = [c for layer in layers for c in layer.scales], [layer.rows for layer in layers]
-    out = _joint_linear(x, [p.weight for p in layers], biases, lora_a, lora_b, scales, rows, gated, keep)
-    return [out[0]] if gated else list(out[: len(layers)])
+    weights = [p.weight for p in layers]
+    if carries and keep and x is given:
+        return list(_Carrying.apply(x, weights, biases, scales, rows, len(lora_a), *lora_a, *lora_b))
+    out = _joint_linear(x, weights, biases, lora_a, lora_b, scales, rows, gated, keep)
+    return [out[0]] if gated else [*out[: len(layers)], *([given] if carries else [])]
 
 
 @torch.library.custom_op("mlfs::joint_linear", mutates_args=())
@@ -134,11 +141,13 @@ def _joint_linear_backward(
     columns: int,
     z: Tensor | None,
     up: Tensor | None,
+    residual: Tensor | None,
 ) -> list[Tensor]:
     """[dx (empty unless needed), dA and dB of each stage that trains], from the dy of each layer; gated, from dy, z and
-    `up`, which is y_1."""
+    `up`, which is y_1. `residual`, of x's shape, is added to dx."""
     leading, grads = dys[0].shape[:-1], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     flat = None if x is None else x.reshape(-1, columns)
+    added = None if residual is None or not needs_dx else residual.reshape(-1, columns)
     backend = backend_of(dys[0], *weights, *lora_a, *lora_b, z, up)
     if backend == "triton":
         from mlfs.kernels import joint as kernels
@@ -147,7 +156,8 @@ def _joint_linear_backward(
         if z is not None and up is not None:
             dz, d_up = activation_backward(grads[0], z, up.reshape(z.shape), "silu_mul")
             grads = [dz, d_up if d_up is not None else dz]
-        dx, *gradients = kernels.backward(grads, flat, h, weights, lora_a, lora_b, scales, trains, needs_dx, columns)
+        options = trains, needs_dx, columns, None, added
+        dx, *gradients = kernels.backward(grads, flat, h, weights, lora_a, lora_b, scales, *options)
         return [dx.view(*leading, columns) if needs_dx else dx, *gradients]
     stages = _stages_of_each(len(weights), lora_a, lora_b, scales)
     count, width = len(lora_a) // len(weights), sum(a.shape[0] for a in stages[0][0])
@@ -158,6 +168,7 @@ def _joint_linear_backward(
         layers = [(w, None, *mine, [0, dy.shape[1]]) for w, mine, dy in zip(weights, stages, grads, strict=True)]
         own = [trains[i * count : (i + 1) * count] for i in range(len(weights))]
         dx, of_layers = cpp().linear_backward(grads, flat, hs, layers, own, needs_dx, columns)
+        dx = dx if added is None else dx.add_(added)
         return [dx.view(*leading, columns) if needs_dx else dx, *(g for mine in of_layers for g in mine)]
     if z is not None and up is not None:
         other, wide = up.reshape(z.shape), grads[0]
@@ -170,11 +181,12 @@ def _joint_linear_backward(
             grads[i], flat, hs[i], weights[i], a, b, c, spans, own_trains, needs_dx, columns, "none", None, None
         )
         total, gradients = total + dx, gradients + more
+    total = total if added is None else total + added
     return [total.view(*leading, columns) if needs_dx else total, *gradients]
 
 
 @_joint_linear_backward.register_fake
-def _(dys, x, h, weights, lora_a, lora_b, scales, trains, needs_dx, columns, z, up):
+def _(dys, x, h, weights, lora_a, lora_b, scales, trains, needs_dx, columns, z, up, residual):
     dx = dys[0].new_empty((*dys[0].shape[:-1], columns) if needs_dx else (0, columns))
     stages = [(a, b) for a, b, train in zip(lora_a, lora_b, trains, strict=True) if train]
     return [dx, *(torch.empty_like(t) for pair in stages for t in pair)]
@@ -195,10 +207,9 @@ def _stages_of_each(
     return [(lora_a[part], lora_b[part], scales[part]) for part in parts]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _keep(ctx, inputs, output) -> None:
     x, weights, biases, lora_a, lora_b, ctx.scales, rows, ctx.gated, _ = inputs
     y, up, third, h, z = output
-    ctx.mark_non_differentiable(h, z, *([up, third] if ctx.gated else [] if len(rows) > 2 else [third]))
     ctx.set_materialize_grads(False)
     ctx.trains = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
     ctx.layers, ctx.stages, ctx.biases = len(weights), len(lora_a), len(biases)
@@ -209,17 +220,17 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*kept, *weights, *lora_a, *lora_b)
 
 
-def _backward(ctx, dy_0, dy_1, dy_2, dh, dz):
-    numbers = None if ctx.scales else []  # an empty list of numbers looks like one of tensors to torch.library
-    frozen = [None] * ctx.layers, [None] * ctx.biases
-    given = [dy_0] if ctx.gated else [dy_0, dy_1, dy_2][: ctx.layers]
-    if all(dy is None for dy in given):
-        nothing = [None] * ctx.stages
-        return None, *frozen, nothing, nothing, numbers, None, None, None
+def _gradients(
+    ctx, given: Sequence[Tensor | None], more: Tensor | None
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """(dx, dA of each stage, dB of each) from the gradients of the layers' outputs and of the x that is carried on."""
+    some = next((dy for dy in given if dy is not None), None)
+    if some is None:
+        nothing: list[Tensor | None] = [None] * ctx.stages
+        return more, nothing, nothing
     saved = list(ctx.saved_tensors)
     x, h = (saved.pop(0), saved.pop(0)) if any(ctx.trains) else (None, None)
     z, up = (saved.pop(0), saved.pop(0)) if ctx.gated else (None, None)
-    some = next(dy for dy in given if dy is not None)
     dys = [
         (some.new_zeros(shape) if dy is None else dy).to(ctx.kind) for dy, shape in zip(given, ctx.shapes, strict=False)
     ]
@@ -227,10 +238,39 @@ def _backward(ctx, dy_0, dy_1, dy_2, dh, dz):
     weights, lora_a, lora_b = saved[: ends[0]], saved[ends[0] : ends[1]], saved[ends[1] :]
     needs_dx = ctx.needs_input_grad[0]
     out = _joint_linear_backward(
-        dys, x, h, weights, lora_a, lora_b, ctx.scales, ctx.trains, needs_dx, ctx.columns, z, up
+        dys, x, h, weights, lora_a, lora_b, ctx.scales, ctx.trains, needs_dx, ctx.columns, z, up, more
     )
-    da, db = of_each_stage(ctx.trains, out[1:])
-    return out[0] if needs_dx else None, *frozen, da, db, numbers, None, None, None
+    return out[0] if needs_dx else None, *of_each_stage(ctx.trains, out[1:])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, up, third, h, z = output
+    rows, gated = inputs[6:8]
+    ctx.mark_non_differentiable(h, z, *([up, third] if gated else [] if len(rows) > 2 else [third]))
+    _keep(ctx, inputs, output)
+
+
+def _backward(ctx, dy_0, dy_1, dy_2, dh, dz):
+    given = [dy_0] if ctx.gated else [dy_0, dy_1, dy_2][: ctx.layers]
+    dx, da, db = _gradients(ctx, given, None)
+    numbers = None if ctx.scales else []  # an empty list of numbers looks like one of tensors to torch.library
+    return dx, [None] * ctx.layers, [None] * ctx.biases, da, db, numbers, None, None, None
 
 
 _joint_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Carrying(torch.autograd.Function):
+    """The operator, and x: an operator cannot hand x on, as its outputs share no memory with its inputs."""
+
+    @staticmethod
+    def forward(ctx, x, weights, biases, scales, rows, stages, *lora):
+        inputs = x, weights, biases, list(lora[:stages]), list(lora[stages:]), scales, rows, False, True
+        output = _joint_linear(*inputs)
+        _keep(ctx, inputs, output)
+        return *output[: len(rows)], x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *given):
+        dx, da, db = _gradients(ctx, given[:-1], given[-1])
+        return dx, *[None] * 5, *da, *db

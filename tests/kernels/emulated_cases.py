@@ -19,7 +19,7 @@ from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import Projection, joint_linear_reference
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
-from mlfs.ops.sliced_linear import sliced_linear_reference
+from mlfs.ops.sliced_linear import finish, sliced_linear_reference
 from tests.emulator import ARCH, emulate
 
 CONFIGS = PRODUCT[ARCH][1:]
@@ -53,6 +53,28 @@ def run_sliced_linear(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, 
     return [(y, goal), *zip(found, order, strict=True), *zip(again, order[1:], strict=True)]
 
 
+def run_feed_forward(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Backward through an activation, whose output is made again for dA; and with a residual added to dx. The two
+    cases are gated pairs of sizes that fill tiles, and GELU of sizes that do not."""
+    tokens, n, m, activation = (37, 64, 64, "silu_mul") if config == CONFIGS[0] else (37, 45, 50, "gelu")
+    z, up, more = (randn(tokens, n, dtype=dtype) for _ in range(3))
+    weight, dy = randn(m + 3, n + 3, dtype=dtype, scale=0.15), randn(tokens, m, dtype=dtype)
+    lora = [randn(8, n + 3, scale=0.15)], [randn(m + 3, 8, scale=0.5)], [2.0], [0, m]
+    zd, ud, ad, bd = (t.double().requires_grad_() for t in (z, up, lora[0][0], lora[1][0]))
+    x = finish(zd, activation, ud if activation == "silu_mul" else None, None)
+    given = x.detach().to(dtype)
+    h = (2.0 * given.double() @ lora[0][0][:, :n].double().t()).to(dtype)
+    goal = sliced_linear_reference(x, weight.double(), None, [ad], [bd], *lora[2:])
+    wanted = [zd, *([ud] if activation == "silu_mul" else []), ad, bd, x]
+    *gradients, dx = torch.autograd.grad(goal, wanted, dy.double())
+    rest = dy, given, h, weight, *lora, [True], True, n, config
+    with offline(ARCH, emulate):
+        through = {"activation": activation, "pre": z, "operand": up if activation == "silu_mul" else None}
+        found = sliced_linear.backward(dy, None, *rest[2:], **through)
+        added = sliced_linear.backward(*rest, residual=more)[0]
+    return [*zip(found, gradients, strict=True), (added, dx + more.double())]
+
+
 def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
     """The two cases are sizes that are aligned and fill each step of a loop, and sizes that do neither."""
     groups = (Group(0, 35, 48, (0, 64)), Group(35, 9, 33, (0, 20, 40, 10)), Group(46, 4, 16, (0, 16)))
@@ -79,6 +101,7 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
     a = [randn(8, n + 3, scale=0.15) for _ in rows for _ in range(stages)]
     b = [randn(m + 3, 8, scale=0.5) for m in rows for _ in range(stages)]
     dys = [randn(tokens, m, dtype=dtype) for m in (rows[:1] if gated else rows)]
+    residual = randn(tokens, n, dtype=dtype)
     with offline(ARCH, emulate):
         ys, h, z = joint.forward(x, weights, biases, a, b, scales, rows, gated, True, config)
         ds = (
@@ -86,7 +109,7 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
             if not gated
             else [d for d in sliced_linear.activation_backward(dys[0], z, ys[1], "silu_mul") if d is not None]
         )
-        found = joint.backward(ds, x, h, weights, a, b, scales, [True] * len(a), True, n, config)
+        found = joint.backward(ds, x, h, weights, a, b, scales, [True] * len(a), True, n, config, residual)
     xd, *pairs = (t.double().requires_grad_() for t in (x, *(t for pair in zip(a, b, strict=True) for t in pair)))
     layers = [
         Projection(w.double(), bias.double(), pairs[2 * i * stages : 2 * (i + 1) * stages : 2],
@@ -94,7 +117,8 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
         for i, (w, bias, m) in enumerate(zip(weights, biases, rows, strict=True))
     ]  # fmt: skip
     goals = joint_linear_reference(xd, layers, gated)
-    gradients = torch.autograd.grad(goals, [xd, *pairs], [dy.double() for dy in dys])
+    dx, *gradients = torch.autograd.grad(goals, [xd, *pairs], [dy.double() for dy in dys])
+    gradients = [dx + residual.double(), *gradients]
     return [*zip(ys[: len(goals)], goals, strict=True), *zip(found, gradients, strict=True)]
 
 
@@ -176,6 +200,7 @@ def run_distill(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
 
 CASES = {
     "sliced_linear": run_sliced_linear,
+    "feed_forward": run_feed_forward,
     "grouped": run_grouped,
     "joint": run_joint,
     "decode": run_decode,

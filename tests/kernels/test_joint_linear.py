@@ -10,45 +10,11 @@ from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
 from tests.calls import LAYOUTS, strided
-from tests.devices import move, on_each_device
+from tests.devices import on_each_device
+from tests.projections import case, leaves
 
 pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 BACKENDS = ["reference", "triton"]
-
-
-def case(
-    leading: tuple[int, ...] = (2, 3), n: int = 20, rows: tuple[int, ...] = (9, 5, 7), stages: int = 1, rank: int = 4,
-    bias: bool = True, layout: str = "plain", of_x: str = "plain", dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> tuple[Tensor, list[Projection]]:  # fmt: skip
-    """x and layers of some more rows and columns than are read."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape: int, kind: torch.dtype = dtype, layout: str = "plain") -> Tensor:
-        return strided(shape, layout, generator, kind)
-
-    layers = [
-        Projection(
-            rand(m + 2, n + 3, layout=layout), rand(m + 2) if bias else None,
-            [rand(rank, n + 3, kind=torch.float32) / 4 for _ in range(stages)],
-            [rand(m + 2, rank, kind=torch.float32) for _ in range(stages)], [2.0, 0.5, -1.0, 1.5][:stages], m,
-        )
-        for m in rows
-    ]  # fmt: skip
-    return rand(*leading, n, layout=of_x), layers
-
-
-def leaves(x: Tensor, layers: list[Projection], device: str, dtype: torch.dtype | None, stage: int | None):
-    """The same there: x and the adapters of `stage` want gradients. (x, layers, what wants them.)"""
-
-    def there(t: Tensor, wants: bool = False) -> Tensor:
-        moved = move(t, device) if dtype is None else t.detach().to(dtype)
-        return moved.requires_grad_(wants)
-
-    x, found = there(x, True), []
-    for p in layers:
-        a, b = ([there(t, s == stage) for s, t in enumerate(ts)] for ts in (p.lora_a, p.lora_b))
-        found.append(Projection(there(p.weight), None if p.bias is None else there(p.bias), a, b, p.scales, p.rows))
-    return x, found, [x, *(ts[stage] for p in found for ts in (p.lora_a, p.lora_b) if stage is not None and ts)]
 
 
 def agree(
@@ -154,9 +120,42 @@ def test_opcheck(device, name, gated, stages, bias):
         dys = [torch.ones(2, 3, m, device=device) for m in (rows[:1] if gated else rows)]
         for needs_dx in (False, True):
             trains = [s % max(stages, 1) == 0 for s in range(len(a))]
-            arguments = (dys, x.detach(), h, weights, *_detached(a, b), scales, trains, needs_dx, 20, z, up)
+            residual = torch.ones(2, 3, 20, device=device) if needs_dx else None
+            arguments = (dys, x.detach(), h, weights, *_detached(a, b), scales, trains, needs_dx, 20, z, up, residual)
             torch.library.opcheck(torch.ops.mlfs.joint_linear_backward.default, arguments)
 
 
 def _detached(*lists: list[Tensor]) -> list[list[Tensor]]:
     return [[t.detach() for t in some] for some in lists]
+
+
+@pytest.mark.parametrize("name", ["reference", "triton", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_x_carried_on_gets_all_gradients(device, name, dtype):
+    """Those through the layers and those through x, whichever there are."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    if name == "cpp" and (device != "cpu" or dtype != torch.float32):
+        pytest.skip("the extension is for fp32 on CPUs")
+    x, layers = case((70,), 150, (130, 70, 3), dtype=dtype)
+    for reads in ((True, True), (True, False), (False, True)):
+        outcomes = []
+        for place, kind in ((device, None), ("cpu", torch.float64)):
+            given_x, some, wanted = leaves(x, layers, place, kind, 0)
+            with use_backend(name if kind is None else "reference"):
+                if kind is None:
+                    *ys, carried = joint_linear(given_x, some, carries=True)
+                    assert carried is not given_x
+                    assert carried.data_ptr() == given_x.data_ptr()
+                else:
+                    ys, carried = joint_linear_reference(given_x, some), given_x
+                generator = torch.Generator().manual_seed(1)
+                dys = [torch.randn(y.shape, generator=generator).to(place, y.dtype) for y in (*ys, carried)]
+                read = [*(ys if reads[0] else []), *([carried] if reads[1] else [])]
+                torch.autograd.backward(read, dys if reads[0] and reads[1] else dys[:3] if reads[0] else dys[3:])
+            outcomes.append([t.grad for t in wanted])
+        for found, goal in zip(*outcomes, strict=True):
+            assert (found is None) == (goal is None)
+            if goal is not None:
+                tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+                assert (found.cpu().double() - goal).abs().amax() <= tolerance * goal.abs().amax()
