@@ -39,7 +39,7 @@ PLAIN = ("no stages", "backward, no stages")  # what the others' loops are compa
 SLACK = {"sm80": 1.07, "sm90": 1.06}  # else 1.05; there some loops get more copies between registers
 THROUGH = ("backward, GELU", "backward, tanh GELU", "backward, SiLU gate")  # backward through an activation
 NEWEST = {"sm90": "HGMMA", "sm100": "UTC"}  # what a tile of 64 or more tokens must run on
-LOOPS = ("_product", "joint._sum")  # the products of whole matrices: what has the loop of a plain one
+LOOPS = ("_product", "joint._together", "joint._sum")  # of whole matrices: what has the loop of a plain product
 PRODUCTS = (*LOOPS, "_thin", "_reduce", "_parts", "_difference", "_spread")
 FP32 = ("distance, backward", "learned projection")  # what multiplies fp32 numbers where the model is in fp16
 Calls = dict[str, Callable[[], Any]]
@@ -342,9 +342,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
     names = {
         "sliced_linear._product": "sliced product",
         "grouped._product": "several sizes",
+        "joint._together": "several projections",
         "joint._sum": "several projections",
     }
-    for arch, kernel in product(dict.fromkeys(row["arch"] for row in rows), (*names.values(), "the others")):
+    kinds = dict.fromkeys((*names.values(), "the others"))
+    for arch, kernel in product(dict.fromkeys(row["arch"] for row in rows), kinds):
         some = [row for row in rows if row["arch"] == arch and names.get(row["kernel"], "the others") == kernel]
         if not some:
             continue

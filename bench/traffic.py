@@ -100,6 +100,19 @@ def _product(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, i
     return reads, writes, 2 * out * (depth + width + a["RANKS"])
 
 
+def _together(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, depth, width, layers = a["tokens"], a["depth"], a["STAGES"] * a["RANK"], range(a["LAYERS"])
+    columns = {i: a[f"m{i}"] for i in layers}
+    reads = {"x": tokens * depth} | {f"w{i}": m * depth for i, m in columns.items()}
+    reads |= {f"p{i}{s}": a["RANK"] * m for i, m in columns.items() for s in range(a["STAGES"])}
+    reads |= {"h": tokens * width * len(layers)} if width else {}
+    reads |= {f"b{i}": m for i, m in columns.items()} if a["HAS_BIAS"] else {}
+    written = layers if a["KEEP"] or not a["GATED"] else (0,)
+    writes = {f"y{i}": tokens * columns[i] for i in written}
+    writes |= {"z": tokens * columns[0]} if a["GATED"] and a["KEEP"] else {}
+    return reads, writes, 2 * tokens * sum(columns.values()) * (depth + width)
+
+
 def _sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     tokens, columns, width = a["tokens"], a["columns"], a["STAGES"] * a["RANK"] if a["STAGES"] else 0
     depths = {i: a[f"m{i}"] for i in range(a["LAYERS"])}
@@ -181,6 +194,7 @@ KERNELS: dict[tuple[Any, str], Callable[[Arguments, tuple[int, ...]], tuple[Elem
     (sliced_linear, "_thin_reduce"): _thin_reduce,
     (sliced_linear, "_finish"): _finish,
     (sliced_linear, "activation_backward_kernel"): _activation_backward,
+    (joint, "_together"): _together,
     (joint, "_sum"): _sum,
     (norm, "_forward"): _norm_forward,
     (norm, "_backward"): _norm_backward,

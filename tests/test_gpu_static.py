@@ -25,7 +25,7 @@ def test_kernels_fit_spill_nothing_and_have_the_main_loop_of_a_plain_product(arc
     result = json.loads(output.read_text())
     names = {row[result["columns"].index("kernel")] for row in result["rows"]}
     assert {"sliced_linear._product", "sliced_linear._thin", "sliced_linear._reduce"} <= names
-    assert {"grouped._product", "grouped._thin", "grouped._reduce", "joint._sum"} <= names
+    assert {"grouped._product", "grouped._thin", "grouped._reduce", "joint._together", "joint._sum"} <= names
     assert {"norm._forward", "norm._backward", "decode._parts", "decode._sum", "rotary._rotary"} <= names
     assert {"distill._head_rows", "distill._difference", "distill._spread"} <= names
     assert ("sliced_linear._thin_reduce" in names) == (arch != "gfx1100")  # there it takes two passes
@@ -87,6 +87,7 @@ def test_of_several_main_loops_the_mean_counts():
         {"loop": 107},
         {"arch": "gfx942", "loop": 106},
         {"kernel": "joint._sum", "loop": 107},
+        {"kernel": "joint._together", "loop": 107},
         {"load bits": 64},
         {"kernel": "distill._spread", "variant": "distance, backward", "matrix": 0},
         {"kernel": "distill._difference", "arch": "gfx1100", "type": "float16", "matrix": 0},

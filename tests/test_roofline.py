@@ -100,7 +100,7 @@ def test_products_of_one_x_touch_the_bytes_that_are_counted(rows, stages):
         ys, h, _ = joint.forward(x, weights, [rand(m + 1) for m in rows], a, b, scales, rows, gated, True)
         joint.backward(ys, x, h, weights, a, b, scales, trains, True, n)
     names = {launch.name.partition(".")[2] for launch in seen}
-    assert names == {"product", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
+    assert names == {"together", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

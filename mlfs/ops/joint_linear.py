@@ -3,9 +3,9 @@
     y_i = x · W_i[:m_i, :n]ᵀ + b_i[:m_i] + Σ_s c_is · (x · A_is[:, :n]ᵀ) · B_is[:m_i]ᵀ
     gated, of two layers: y = SiLU(y_0) · y_1
 
-Shapes and types are those of `mlfs.ops.sliced_linear`, whose calls these are: forward, two or three of them after a
-common product with all adapters. Backward, dx = Σ_i dz_i · W_i + Σ_is g_is · A_is (g_is = c_is · dz_i · B_is) is summed
-in the accumulator of one product; separate calls write every summand and add them up in passes of their own.
+Shapes and types are those of `mlfs.ops.sliced_linear`, whose calls these are; kernels make every y in one launch, after
+one for all adapters. Backward, dx = Σ_i dz_i · W_i + Σ_is g_is · A_is (g_is = c_is · dz_i · B_is) is summed in the
+accumulator of one product; separate calls write every summand and add them up in passes of their own.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,14 @@ def joint_linear_reference(x: Tensor, layers: Sequence[Projection], gated: bool 
 
 
 def may_join(layers: Sequence[Projection]) -> bool:
-    """Whether `joint_linear` is for them: two or three, alike in their stages and in having biases."""
-    kinds = {(tuple(a.shape for a in p.lora_a), tuple(b.shape[1] for b in p.lora_b), p.bias is None) for p in layers}
+    """Whether `joint_linear` is for them: two or three, alike in their stages, in having biases and in their types."""
+    kinds = {
+        (
+            tuple(a.shape for a in p.lora_a), tuple(b.shape[1] for b in p.lora_b),
+            tuple(None if t is None else t.dtype for t in (p.weight, p.bias, *p.lora_b)),
+        )
+        for p in layers
+    }  # fmt: skip
     return 2 <= len(layers) <= 3 and len(kinds) == 1 and len({a.shape for p in layers for a in p.lora_a}) <= 1
 
 
@@ -66,8 +72,8 @@ def joint_linear(x: Tensor, layers: Sequence[Projection], gated: bool = False, c
     if not may_join(layers) or (gated and not alike):
         raise MLFSError(
             f"{len(layers)} layers of {', '.join(str(layer.rows) for layer in layers)} rows: expected two or three "
-            "with the same number of stages, of one rank, and all with a bias or none; gated, two of one size, and "
-            "x is not carried on"
+            "with the same number of stages, of one rank and type, and all with a bias or none; gated, two of one "
+            "size, and x is not carried on"
         )
     given, x = x, in_autocast_type(x)
     lora_a, lora_b = [a for layer in layers for a in layer.lora_a], [b for layer in layers for b in layer.lora_b]

@@ -93,9 +93,9 @@ def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
 
 
 def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
-    """The two cases are three layers of sizes that fill no tile, and a gated pair of two stages."""
+    """The two cases are three layers, and a gated pair of two stages; their rows fill no tile."""
     gated = config == CONFIGS[0]
-    tokens, n, rows, stages = (37, 64, [64, 64], 2) if gated else (37, 45, [50, 33, 9], 1)
+    tokens, n, rows, stages = (37, 64, [72, 72], 2) if gated else (37, 45, [50, 33, 9], 1)
     x, weights = randn(tokens, n, dtype=dtype), [randn(m + 3, n + 3, dtype=dtype, scale=0.15) for m in rows]
     biases, scales = [randn(m + 3, dtype=dtype) for m in rows], [2.0, 0.5][:stages] * len(rows)
     a = [randn(8, n + 3, scale=0.15) for _ in rows for _ in range(stages)]

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection, joint_linear_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import move
 
 pytest.importorskip("triton")
-from mlfs.kernels import configs, grouped, sliced_linear
+from mlfs.kernels import configs, grouped, joint, sliced_linear
 from mlfs.kernels.configs import PRODUCT, Config
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -85,6 +86,27 @@ def test_every_tile_of_the_grouped_product(device, dtype):
             y, h = grouped.forward(t["x"], t["weight"], t["bias"], *layer, config=config)
             found = grouped.backward(t["dy"], t["x"], h, t["weight"], *layer, [True], True, config=config)
             compare([y, *found], [goal, *right], dtype, config)
+
+
+@on_each_device_and_type
+@pytest.mark.parametrize("rows", [(150, 150), (130, 20, 33)], ids=["gated", "three"])
+def test_every_tile_of_the_projections_of_one_input(device, dtype, rows):
+    cpu, gated = tensors(dtype), len(rows) == 2
+    t = {name: move(value, device) for name, value in cpu.items()}
+    order, scales = [0, 1, 0][: len(rows)], [2.0, 0.5, 2.0][: len(rows)]
+    weights, biases = [t["weight"], t["residual"][:150, :96], t["dy"][:150, :96]], [t["bias"]] * len(rows)
+    layer = [t[f"a{i}"] for i in order], [t[f"b{i}"] for i in order], scales
+    wide = {name: value.double() for name, value in cpu.items()}
+    exact = [wide["weight"], wide["residual"][:150, :96], wide["dy"][:150, :96]]
+    layers = [
+        Projection(exact[i], wide["bias"], [wide[f"a{k}"]], [wide[f"b{k}"]], [scales[i]], rows[i])
+        for i, k in enumerate(order)
+    ]
+    goals = joint_linear_reference(wide["x"], layers, gated)
+    for config in tables(device):
+        if config.block_t * config.block_c <= 128 * 128:
+            ys, _, _ = joint.forward(t["x"], weights[: len(rows)], biases, *layer, rows, gated, False, config)
+            compare(ys[: len(goals)], goals, dtype, config)
 
 
 @pytest.mark.gpu

@@ -72,6 +72,46 @@ def test_half_precision_across_tiles(device, dtype, tolerance, gated):
         agree(x, layers, gated, device, tolerance)
 
 
+@pytest.mark.parametrize("selects", [True, False])
+@pytest.mark.parametrize("stages", range(5))
+@pytest.mark.parametrize("rows", [(70, 70), (65, 3, 130), (7, 70)])
+def test_any_number_of_stages_across_tiles(device, monkeypatch, rows, stages, selects):
+    """In one loop and in several; of weights that lie alike, and each in its own way, with biases and without."""
+    pytest.importorskip("triton")
+    from mlfs.kernels import joint
+
+    if not selects:
+        monkeypatch.setattr(joint, "_selects", lambda device: False)
+    x, layers = case((67,), 75, rows, stages)
+    _, transposed = case((67,), 75, rows, stages, layout="transposed")
+    mixed = [case((67,), 75, rows, stages, bias=False, layout=how)[1][i] for i, how in enumerate(LAYOUTS[: len(rows)])]
+    gated = rows == (70, 70)
+    with use_backend("triton"):
+        for some in (layers, transposed, mixed):
+            agree(x, some, gated, device, 1e-5, stages - 1 if stages else None)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_not_kept_is_not_written(device, gated):
+    pytest.importorskip("triton")
+    from mlfs.kernels import joint
+
+    x, layers = case((37,), rows=(70, 70))
+    exact = leaves(x, layers, "cpu", torch.float64, None)
+    goals = [y.detach() for y in joint_linear_reference(*exact[:2], gated)]
+    z, up = (y.detach() for y in joint_linear_reference(*exact[:2]))
+    x, layers, _ = leaves(x, layers, device, None, None)
+    a, b = [t for p in layers for t in p.lora_a], [t for p in layers for t in p.lora_b]
+    weights, biases, scales = [p.weight for p in layers], [p.bias for p in layers], [2.0, 2.0]
+    for keep in (False, True):
+        ys, _, pre = joint.forward(x.detach(), weights, biases, a, b, scales, [70, 70], gated, keep)
+        right = [goals[0], up, z] if gated and keep else goals
+        found = [*ys, pre] if gated and keep else ys[: len(goals)]
+        for mine, one in zip(found, right, strict=True):
+            torch.testing.assert_close(mine.cpu().double(), one, rtol=1e-4, atol=1e-4)
+        assert [t.numel() for t in (ys[1], pre)] == [0 if gated and not keep else 2590, 2590 if gated and keep else 0]
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_outputs_that_nothing_comes_back_through_count_as_zero(device, name):
     if name == "triton":
@@ -90,11 +130,11 @@ def test_outputs_that_nothing_comes_back_through_count_as_zero(device, name):
 
 def test_layers_that_cannot_go_together_are_refused(device):
     x, layers = case()
-    one_more, other_rank = case(stages=2)[1], case(rank=3)[1]
+    one_more, other_rank, other_type = case(stages=2)[1], case(rank=3)[1], case(dtype=torch.float16)[1]
     wrong = [
         (layers[:1], False), (layers * 2, False), ([layers[0], one_more[1]], False),
         ([layers[0], other_rank[1]], False), ([layers[0], layers[1]._replace(bias=None)], False), (layers, True),
-        (layers[:2], True),
+        (layers[:2], True), ([layers[0], other_type[1]], False),
     ]  # fmt: skip
     for some, gated in wrong:
         with pytest.raises(MLFSError, match="expected two or three"):
