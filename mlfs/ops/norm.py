@@ -85,13 +85,16 @@ def add_norm(
     if seed is None and backend_of(x, residual, weight, bias) == "reference":
         x = torch.nn.functional.dropout(x, p)  # as torch's own modules: a mask that is kept is cheaper here
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
+    kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
     if residual is None and not p:
-        return _Carrying.apply(x, weight, bias, eps, rms)
-    return _add_norm(x, residual, weight, bias, eps, rms, p, seed)
+        y, s = _Carrying.apply(x, weight, bias, eps, rms)
+    else:
+        y, s = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
+    return y, s.to(kind)
 
 
 @torch.library.custom_op("mlfs::add_norm", mutates_args=())

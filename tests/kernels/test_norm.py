@@ -152,6 +152,25 @@ def test_a_residual_of_a_wider_type_keeps_it(backend, device, rms):
     assert torch.equal(s.cpu(), wide["x"].float() + wide["residual"])
 
 
+@pytest.mark.parametrize("residual", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("rms", [False, True])
+def test_autocast_leaves_the_type_of_the_sum(backend, device, rms, residual):
+    """LayerNorms take it in fp32; their gradient comes back in its own type."""
+    given_ = case((20, 48), 50, "plain", torch.bfloat16, residual is not None, True, not rms, 0)
+    if residual is not None:
+        given_["residual"] = given_["residual"].to(residual)
+    given_ |= {k: None if given_[k] is None else given_[k].float() for k in ("weight", "bias")}
+    there = {k: None if t is None else move(t, device) for k, t in given_.items()}
+    there["x"].requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        y, s = add_norm(**there, eps=EPS, rms=rms)
+    assert s.dtype == (residual or torch.bfloat16)
+    right = there["x"].detach() if residual is None else there["residual"] + there["x"].detach()
+    torch.testing.assert_close(s.detach(), right, rtol=1e-2, atol=1e-2)
+    (y.float().sum() + s.float().sum()).backward()
+    assert there["x"].grad.dtype == torch.bfloat16 and there["x"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("residual", [True, False])
 def test_opcheck(device, residual, p):
