@@ -5,6 +5,7 @@ parts by their names; only its forward pass is one of those below. It computes t
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,7 +42,7 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
     """The forward pass of `module` (a function of it and its inputs), or None where it has to run as it is: its
     activation is none the kernels know, or a part is not elastic."""
     for role, name in vars(spec).items():
-        part = attrgetter(name)(module) if name and role != "window" else None
+        part = attrgetter(name)(module) if name and role not in ("window", "attention_adds") else None
         if role in _LINEAR and not isinstance(part, ElasticLinear):
             return None
         if role in ("norm", "mlp_norm", "last_norm") and not isinstance(part, (ElasticLayerNorm, ElasticRMSNorm)):
@@ -69,8 +70,11 @@ def fused_forward(module: nn.Module, spec: Block) -> Forward | None:
 
 @functools.cache
 def _with_kernels(fused: Forward, original: Forward) -> Forward:
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return (original if backend_of(hidden_states) == "reference" else fused)(self, hidden_states)
+    def forward(self: Any, hidden_states: Tensor, **more: Any) -> Tensor:
+        if backend_of(hidden_states) != "reference":
+            return fused(self, hidden_states, **more)
+        y, residual = original(self, hidden_states), more.get("residual")
+        return y if residual is None else residual + y
 
     return forward
 
@@ -85,9 +89,14 @@ def _activated(spec: Activated, activation: str) -> Forward:
 
 @functools.cache
 def _mlp(spec: MLP, activation: str) -> Forward:
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        (y,) = feed_forward(hidden_states, [getattr(self, spec.up)], getattr(self, spec.down), activation)
-        return getattr(self, spec.dropout)(y) if spec.dropout else y
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        up, down, dropout = getattr(self, spec.up), getattr(self, spec.down), getattr(self, spec.dropout or "_", None)
+        adds = residual is not None and not (dropout is not None and dropout.training and dropout.p)
+        (y,) = feed_forward(hidden_states, [up], down, activation, residual if adds else None)
+        if adds:  # while the product was in registers
+            return y
+        y = y if dropout is None else dropout(y)
+        return y if residual is None else residual + y
 
     return forward
 
@@ -118,12 +127,22 @@ def _norm_of_sum(linear: ElasticLinear, dropout: nn.Dropout, norm: ElasticNorm, 
 
 @functools.cache
 def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
+    parameters = list(inspect.signature(original).parameters.values())[2:]  # after self and hidden_states
+    defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:  # by position they could be anything
+        given = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        norm, mlp_norm = getattr(self, spec.norm), getattr(self, spec.mlp_norm)
+        if given.pop("encoder_hidden_states", None) is not None or _watched([norm, mlp_norm]):
             return original(self, hidden_states, *args, **kwargs)
-        x, s = getattr(self, spec.norm).after(hidden_states)
-        s, _ = getattr(self, spec.attention)(hidden_states=x, residual=s, **kwargs)
-        x, s = getattr(self, spec.mlp_norm).after(s)
+        given.pop("encoder_attention_mask", None)
+        x, s = norm.after(hidden_states)
+        if spec.attention_adds:
+            s, _ = getattr(self, spec.attention)(hidden_states=x, residual=s, **given)
+            x, s = mlp_norm.after(s)
+        else:
+            o, _ = getattr(self, spec.attention)(x, **given)
+            x, s = mlp_norm.after(o, residual=s)
         return getattr(self, spec.mlp)(x, residual=s)
 
     return forward

@@ -99,12 +99,16 @@ class AddNorm:
 
 @dataclass(frozen=True)
 class PreNorm:
-    """A layer that is s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); its mlp is a GatedMLP."""
+    """A layer that is s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); its mlp is a GatedMLP or an MLP.
+
+    `attention_adds`: whether its attention is a block that adds x itself, else it is the model's own.
+    """
 
     norm: str
     attention: str
     mlp_norm: str
     mlp: str
+    attention_adds: bool = True
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,10 @@ _LLAMA_BLOCKS: dict[str, Block] = {
 _LLAMA_OUTER: dict[str, Module] = {"embed_tokens": Embedding(), "norm": RMSNorm()}
 _LLAMA_HEADS: dict[str, Module] = {"lm_head": _to_vocabulary, "score": _task, "qa_outputs": _task}
 _GPT2_OUTER: dict[str, Module] = {"wte": Embedding(), "wpe": Embedding(), "ln_f": LayerNorm()}
-_GPT2_BLOCKS: dict[str, Block] = {"mlp": MLP("c_fc", "act", "c_proj", "dropout")}
+_GPT2_BLOCKS: dict[str, Block] = {
+    "mlp": MLP("c_fc", "act", "c_proj", "dropout"),
+    "": PreNorm("ln_1", "attn", "ln_2", "mlp", attention_adds=False),
+}
 _GPT2_HEADS: dict[str, Module] = _LLAMA_HEADS | {"classifier": _task}
 
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
+from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer, convert
 from mlfs.elastic import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.backend import backend_of, use_backend, why_no_cpp
@@ -24,8 +24,8 @@ from tests.devices import on_each_device
 from tests.models import inputs, logits_of, make
 from tests.supernets import elastic, perturb, subnets_of
 
-MODELS = [("bert", "ForSequenceClassification"), ("llama", "ForCausalLM")]
-some_models = pytest.mark.parametrize(("name", "suffix"), MODELS, ids=["bert", "llama"])
+MODELS = [("bert", "ForSequenceClassification"), ("llama", "ForCausalLM"), ("gpt_bigcode-mqa", "ForCausalLM")]
+some_models = pytest.mark.parametrize(("name", "suffix"), MODELS, ids=["bert", "llama", "gpt_bigcode"])
 SUBNETS = ("uniform", "per layer, without layer 0")
 
 
@@ -245,7 +245,7 @@ def test_no_step_on_the_kernels_waits_for_the_device_or_sends_to_it(name, suffix
                 assert attempt == "first" or made.found == []
                 assert bool(made.found) == (attempt == "first" and sizes != "one size")  # the tables
     finally:
-        for remembered in (grouped._fields, grouped._token_tiles, grouped._tiles):
+        for remembered in (grouped._fields, grouped._token_tiles, grouped._tiles, convert._remembered_mask):
             remembered.cache_clear()
     linear = "sliced_linear" if sizes == "one size" else "grouped_sliced_linear"
     wanted = {linear, f"{linear}_backward", "add_norm", "add_norm_backward", *(["rotary"] if name == "llama" else [])}

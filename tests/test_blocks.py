@@ -16,11 +16,12 @@ from mlfs.ops.backend import use_backend
 from tests.models import CASES, inputs, logits_of, make
 from tests.supernets import distance, elastic, perturb, subnets_of
 
-FUSED = ("bert", "roberta", "gpt2", "gpt_bigcode-mqa", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-WHOLLY = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")  # all of a layer but its attention
+GPT = ("gpt2", "gpt_bigcode-mqa", "gpt_bigcode-mha")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+WHOLLY = ("bert", "roberta", *GPT, *ROTARY)  # all of a layer but its attention
+FUSED = (*WHOLLY, "gpt_neox")
 # passes that PyTorch makes between the linear layers
 PASSES = ("gelu", "silu", "native_layer_norm", "rsqrt", "neg")
-ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Calls(TorchDispatchMode):
@@ -48,7 +49,12 @@ def unfused(monkeypatch):
 
 
 def suffix_of(name: str) -> str:
-    return next(s for s in CASES[name].classes if s == "ForSequenceClassification")
+    classes = CASES[name].classes
+    return "ForSequenceClassification" if "ForSequenceClassification" in classes else classes[0]
+
+
+def language_model(name: str, dtype: torch.dtype = torch.float32, of=elastic):
+    return of(name, "LMHeadModel" if name == "gpt2" else "ForCausalLM", dtype=dtype)
 
 
 def run(supernet, subnet, **more) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -75,7 +81,7 @@ def test_logits_and_gradients_are_those_of_the_models_own_blocks(name, unfused):
             assert distance(gradient, others[key]) < 1e-10, key
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "gpt_neox", "llama", "qwen3"])
+@pytest.mark.parametrize("name", ["bert", *GPT, "gpt_neox", "llama", "qwen3"])
 def test_they_run_on_the_kernels_too(name, unfused):
     pytest.importorskip("triton")
     mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
@@ -101,7 +107,7 @@ def test_between_linear_layers_nothing_runs_but_attention(name, unfused):
     # the norms over head_dim are the model's own
     own = {"rsqrt": 2 * mine.dimensions.layers} if name == "qwen3" else {}
     assert {key: calls.seen[key] for key in PASSES if calls.seen[key]} == own
-    sums = 4 if name in ROTARY else 2
+    sums = 4 if name in ("gpt2", *ROTARY) else 2  # with those of rotary embeddings, and of a GELU that is written out
     assert others.seen["add"] - calls.seen["add"] == sums * mine.dimensions.layers
 
 
@@ -120,7 +126,7 @@ def test_an_activation_no_kernel_knows_runs_as_it_is(name, field, value, monkeyp
     assert distance(run(mine, subnet)[0], run(theirs, subnet)[0]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "llama", *GPT])
 def test_under_autocast_types_and_numbers_stay(name, unfused):
     mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
     subnet, states = subnets_of(name)["uniform"], {"output_hidden_states": True}
@@ -132,6 +138,20 @@ def test_under_autocast_types_and_numbers_stay(name, unfused):
         for a, b in zip((out.logits, *out.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
             assert a.dtype == b.dtype
             assert distance(a.float(), b.float()) < 0.05
+
+
+@pytest.mark.parametrize("name", GPT)
+def test_under_autocast_a_half_precision_stream_stays_so(name, unfused):
+    """Norms take it in fp32, as autocast does on GPUs; what goes around them is not widened."""
+    pytest.importorskip("triton")
+    mine, theirs = (f(name, suffix_of(name), dtype=torch.bfloat16) for f in (elastic, unfused))
+    states = []
+    for supernet, backend in ((mine, "triton"), (theirs, "reference")):
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            states.append(supernet(**inputs(), output_hidden_states=True).hidden_states[:-1])
+    for a, b in zip(*states, strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert distance(a.float(), b.float()) < 0.05
 
 
 def test_dropout_of_a_block_is_the_models(unfused):
@@ -185,10 +205,10 @@ def test_attention_gets_what_the_model_gives_it(name, unfused, monkeypatch, refe
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", [*GPT, *ROTARY])
 def test_attention_of_each_kind_has_the_models_bits(name, implementation, unfused, reference):
     """Also token by token, from the cache, and its weights, where there are any."""
-    mine, theirs = elastic(name, "ForCausalLM"), unfused(name, "ForCausalLM")
+    mine, theirs = language_model(name), language_model(name, of=unfused)
     outcomes = []
     for supernet in (mine, theirs):
         supernet.model.set_attn_implementation(implementation)
@@ -201,10 +221,11 @@ def test_attention_of_each_kind_has_the_models_bits(name, implementation, unfuse
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_rotary_embeddings_on_the_kernel_take_caches_rows_and_checkpoints(name, unfused):
+@pytest.mark.parametrize("name", ["llama", "qwen3", *GPT])
+def test_decoders_on_the_kernels_take_caches_rows_and_checkpoints(name, unfused):
+    """GPT's while dropout is on, which draws what torch draws."""
     pytest.importorskip("triton")
-    mine, theirs = elastic(name, "ForCausalLM"), unfused(name, "ForCausalLM")
+    mine, theirs = language_model(name), language_model(name, of=unfused)
     subnets = list(subnets_of(name).values())[-3:]
     outcomes = []
     for supernet, backend in ((mine, "triton"), (theirs, "reference")):
@@ -214,6 +235,7 @@ def test_rotary_embeddings_on_the_kernel_take_caches_rows_and_checkpoints(name, 
                                          return_dict_in_generate=True)  # fmt: skip
             supernet.model.gradient_checkpointing_enable({"use_reentrant": False})
             supernet.train()
+            torch.manual_seed(5)
             with supernet.activate_rows(subnets):
                 supernet(**inputs(), use_cache=False).logits.square().mean().backward()
         gradients = [p.grad for p in supernet.parameters() if p.grad is not None]
@@ -248,8 +270,10 @@ def masked(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", WHOLLY)
 def test_layers_on_a_cpu_compute_what_the_models_own_do(name, padding, compiled, unfused):
     """Whole encoder layers in one call without gradients, part by part with them."""
-    suffix = "ForTokenClassification" if name in ("bert", "roberta") else "ForCausalLM"
-    mine, theirs = (make_one(name, suffix, dtype=torch.float64) for make_one in (elastic, unfused))
+    if encodes := name in ("bert", "roberta"):
+        mine, theirs = (of(name, "ForTokenClassification", dtype=torch.float64) for of in (elastic, unfused))
+    else:
+        mine, theirs = (language_model(name, torch.float64, of) for of in (elastic, unfused))
     batch = masked(padding)
     kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     for subnet in subnets_of(name).values():
@@ -266,7 +290,7 @@ def test_layers_on_a_cpu_compute_what_the_models_own_do(name, padding, compiled,
             supernet.zero_grad()
         assert len(outcomes[0]) == len(outcomes[1]) > 10
         for a, b in zip(*outcomes, strict=True):
-            assert distance(a, b) < (1e-9 if suffix == "ForTokenClassification" else 1e-5)  # RMSNorms take fp32
+            assert distance(a, b) < (1e-9 if encodes or name in GPT else 1e-5)  # RMSNorms take fp32
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
@@ -310,10 +334,10 @@ def test_a_bert_that_decodes_sees_nothing_ahead(compiled, monkeypatch):
                 assert distance(found, supernet(**batch).logits) < 1e-12
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", [*GPT, *ROTARY])
 def test_decoding_on_a_cpu_makes_the_models_tokens(name, compiled, unfused):
     """From a cache, past the window of those that have one, with padding and without."""
-    mine, theirs = (make_one(name, "ForCausalLM", dtype=torch.float64) for make_one in (elastic, unfused))
+    mine, theirs = (language_model(name, torch.float64, of) for of in (elastic, unfused))
     for batch in (inputs("left"), masked("none")):
         outcomes = []
         for supernet, backend in ((mine, "cpp"), (theirs, "reference")):
@@ -333,18 +357,19 @@ def test_gradients_that_meet_are_added_by_the_kernels(name, drops):
     pytest.importorskip("triton")
     if drops and name in ROTARY:
         pytest.skip("these models drop nothing")
-    supernet = elastic(name, "ForCausalLM" if name in ROTARY else "ForSequenceClassification")
-    dropouts = [m for m in supernet.layers.modules() if isinstance(m, torch.nn.Dropout)]
-    for dropout in dropouts:
-        dropout.p = 0.1 if drops else 0.0
+    supernet = elastic(name, suffix_of(name)) if name in ("bert", "roberta") else language_model(name)
+    for module in supernet.layers.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1 if drops else 0.0
     with use_backend("triton"):
         out = supernet.base_model(**inputs(), **({"use_cache": False} if name in ROTARY else {})).last_hidden_state
         with Calls() as calls:
             out.square().mean().backward()
     layers = supernet.dimensions.layers
     own = 2 * layers if name == "qwen3" else 0  # the norms over head_dim are the model's own
-    expected = {"joint_linear_backward": layers, "feed_forward_backward": layers, "add": own, "add_": 0}
-    expected |= {"sliced_linear_backward": layers, "rotary": layers if name in ROTARY else 0}
+    rotary = layers if name in ROTARY else 0
+    expected = {"joint_linear_backward": 0 if name in GPT else layers, "feed_forward_backward": layers, "add_": 0}
+    expected |= {"sliced_linear_backward": 2 * layers if name in GPT else layers, "rotary": rotary, "add": own}
     assert {key: calls.seen[key] for key in expected} == expected
 
 
@@ -367,12 +392,68 @@ def test_projections_of_one_input_go_together_unless_one_is_watched(name):
     assert apart.seen["sliced_linear"] - together.seen["sliced_linear"] == 3
 
 
-def test_an_extracted_model_has_the_models_own_blocks():
-    supernet = elastic("llama", "ForCausalLM")
-    small = supernet.extract(subnets_of("llama")["uniform"])
-    plain = make("llama", "ForCausalLM")
-    for module in small.modules():
-        assert type(module).forward in {type(m).forward for m in plain.modules()}
+@pytest.mark.parametrize("name", ["llama", *GPT])
+def test_an_extracted_model_has_the_models_own_blocks(name):
+    supernet = language_model(name)
+    small = supernet.extract(subnets_of(name)["uniform"])
+    plain = make(name, suffix_of(name))
+    for part in small.base_model.modules():
+        assert type(part).forward in {type(m).forward for m in plain.modules()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", GPT)
+def test_dropout_of_gpts_layers_draws_what_torch_draws(name, backend, unfused):
+    pytest.importorskip("triton")
+    mine, theirs = elastic(name, suffix_of(name)), unfused(name, suffix_of(name))
+    subnet, outcomes = subnets_of(name)["per layer, without layer 0"], []
+    for supernet, where in ((mine, backend), (theirs, "reference")):
+        torch.manual_seed(3)
+        with use_backend(where):
+            outcomes.append(run(supernet.train(), subnet))
+    (logits, gradients), (expected, others) = outcomes
+    assert torch.equal(logits, expected) if backend == "reference" else distance(logits, expected) < 1e-5
+    for key, gradient in gradients.items():
+        assert distance(gradient, others[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["llama", *GPT])
+def test_hooks_in_a_layer_see_what_they_see_in_the_models_own(name, backend, unfused):
+    pytest.importorskip("triton")
+    mine, theirs = language_model(name), language_model(name, of=unfused)
+    parts = ("ln_1", "attn", "attn.c_attn", "attn.c_proj", "ln_2", "mlp", "mlp.c_fc") if name in GPT else (
+        "input_layernorm", "self_attn", "self_attn.q_proj", "post_attention_layernorm", "mlp")  # fmt: skip
+    seen: list[list[torch.Tensor]] = []
+    for supernet, where in ((mine, backend), (theirs, "reference")):
+        for part in parts:
+            calls: list[torch.Tensor] = []
+
+            def see(module, args, kwargs, calls=calls):
+                calls.append((*args, *kwargs.values())[0])
+
+            hook = supernet.layers[1].get_submodule(part).register_forward_pre_hook(see, with_kwargs=True)
+            with use_backend(where), torch.no_grad():
+                supernet(**inputs())
+            hook.remove()
+            seen.append(calls)
+    for a, b in zip(seen[: len(parts)], seen[len(parts) :], strict=True):
+        assert len(a) == len(b) == 1 and distance(a[0], b[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", GPT)
+def test_a_layer_is_called_as_the_models_own(name, unfused, reference):
+    """By position or by name, and with what only transformers' own can answer, or refuse."""
+    mine, theirs = (f(name, suffix_of(name)).layers[0] for f in (elastic, unfused))
+    x, mask = torch.randn(2, 5, 48), torch.full((2, 1, 5, 5), -1e4).triu(1)
+    calls = [((), {"attention_mask": mask}), ((None, None, mask), {}) if name != "gpt2" else ((None, mask, None), {})]
+    for args, options in calls:
+        found, expected = (layer(x, *args, **options) for layer in (mine, theirs))
+        assert type(found) is type(expected) is torch.Tensor and torch.equal(found, expected)
+        assert not torch.equal(found, mine(x, attention_mask=mask * 0))
+    for layer in (mine, theirs):
+        with pytest.raises(ValueError, match="add_cross_attention"):
+            layer(x, encoder_hidden_states=x)
 
 
 # ---- without padding ------------------------------------------------------------------------------------------------

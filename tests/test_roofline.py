@@ -1,5 +1,6 @@
 """The traffic that bench/roofline.py counts is that of the kernels' loads and stores, and of the launches that run."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mlfs import SearchSpace, Subnet, SuperTransformer
 from mlfs.ops.backend import use_backend
@@ -127,6 +135,8 @@ LLAMA = LlamaConfig(hidden_size=48, num_attention_heads=3, num_key_value_heads=1
                     num_hidden_layers=3, vocab_size=50)  # fmt: skip
 BERT = BertConfig(hidden_size=48, num_attention_heads=3, intermediate_size=64, num_hidden_layers=2, vocab_size=50,
                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+SANTA = GPTBigCodeConfig(n_embd=48, n_head=3, n_inner=64, n_layer=3, vocab_size=50, n_positions=16, multi_query=True,
+                         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 DEEP = SearchSpace(hidden=(48, 32), heads=(3, 2), ffn=(64, 40), layers=((0, 1, 2), (0, 2)))
 FLAT = SearchSpace(hidden=(48, 32), heads=(3, 2), ffn=(64, 40), layers=((0, 1), (1,)))
 
@@ -147,7 +157,12 @@ def launches_of(kind: type, config: Any, space: SearchSpace, device: str) -> lis
 
 
 @pytest.mark.parametrize(
-    "kind, config, space", [(LlamaForCausalLM, LLAMA, DEEP), (BertForSequenceClassification, BERT, FLAT)]
+    "kind, config, space",
+    [
+        (LlamaForCausalLM, LLAMA, DEEP),
+        (BertForSequenceClassification, BERT, FLAT),
+        (GPTBigCodeForCausalLM, SANTA, DEEP),
+    ],
 )
 def test_a_model_that_runs_launches_what_is_counted_without_numbers(kind, config, space):
     """The same kernels in the same order, each with tensors of the same bytes."""
@@ -160,7 +175,19 @@ def test_a_model_that_runs_launches_what_is_counted_without_numbers(kind, config
     assert counted == shown("cpu")
     names = {name for name, *_ in counted}
     assert names >= {"sliced_linear.product", "sliced_linear.reduce", "norm.backward"}
-    assert ("joint.sum" in names) == (space is DEEP)  # the first layer's query, key and value make no dx
+    assert ("joint.sum" in names) == (kind is LlamaForCausalLM)  # the first layer's query, key and value make no dx
+
+
+@pytest.mark.parametrize("kind, config", [(LlamaForCausalLM, LLAMA), (GPTBigCodeForCausalLM, SANTA)])
+def test_a_layer_adds_nothing_in_a_launch_of_its_own(kind, config):
+    """Residuals and their gradients: another layer is no further addition."""
+    config._attn_implementation = roofline.attention_without_masks()
+    with torch.device("meta"):
+        supernet = SuperTransformer(kind(config).to(torch.bfloat16), DEEP, rank=4)
+    launches = [roofline.train(supernet, Subnet(48, 3, 64, n), roofline.Workload(config, 2, 7)) for n in DEEP.layers]
+    deep, shallow = (Counter(launch.name for launch in some) for some in launches)
+    assert deep["sliced_linear.product"] > shallow["sliced_linear.product"]
+    assert deep["torch.add"] == shallow["torch.add"]
 
 
 def test_only_what_still_fits_is_read_from_the_cache():

@@ -284,13 +284,14 @@ def test_hidden_states_are_those_of_the_extracted_model(name, suffix):
         assert max(map(distance, active, extracted)) < 1e-12
 
 
-def test_compiled_without_graph_breaks_each_subnet_equals_eager():
-    supernet = elastic("llama", "ForCausalLM")
+@pytest.mark.parametrize(("name", "suffix"), [("llama", "ForCausalLM"), ("gpt2", "LMHeadModel")])
+def test_compiled_without_graph_breaks_each_subnet_equals_eager(name, suffix):
+    supernet = elastic(name, suffix)
     torch._dynamo.reset()
     compiled = torch.compile(supernet.model, fullgraph=True, backend="aot_eager")
     batch = inputs() | {"use_cache": False}
     for key in ("max", "per layer, without layer 0", "max"):
-        with torch.no_grad(), supernet.activate(subnets_of("llama")[key]):
+        with torch.no_grad(), supernet.activate(subnets_of(name)[key]):
             torch.testing.assert_close(compiled(**batch).logits, supernet(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
