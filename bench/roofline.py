@@ -10,17 +10,21 @@ dropout, without the head and its loss, and (b) one decoded token after a contex
   mlfs    what `SuperTransformer` launches: the models run on the meta device (shapes, no numbers), PyTorch's kernels
           are seen as they are called, mlfs's as their launchers launch them (bench/traffic.py).
   PEFT    the same for the subnet as a model of its own, with LoRA from PEFT (rank 8 to train, 24 to decode).
-  bound   what no program does without that keeps what passes between matrix products, attention and norms in memory
-          (bench/lower_bound.py).
+  bound   what no program does without whose products have the loop of a plain product, over operands as they are in
+          memory (`LowerBoundOfScheme` in bench/lower_bound.py); to decode it is the floor.
+  floor   what no program does without that keeps what passes between matrix products, attention and norms in memory
+          (`LowerBound` there): adapters and activations cost nothing beside the products, nor does what PyTorch's
+          attention needs for itself.
 
-mlfs and PEFT take attention from PyTorch (FlashAttention-2). A launch touches each of its tensors once. "all" is the
-traffic of all launches. "memory" is what of it leaves the L2 cache: a tensor is read from there if it and all that was
-touched since its last use fit in half of it. The same rule holds for all three paths. "time" is a PREDICTION from an
-H100 SXM's published rates: for each launch the longer of its operations and its memory traffic, all added up; what it
-takes to launch is left out. The target, at most 1.1 of the bound, is for "memory".
+mlfs, PEFT and bound take attention from PyTorch (FlashAttention-2). A launch touches each of its tensors once. "all" is
+the traffic of all launches. "memory" is what of it leaves the L2 cache: a tensor is read from there if it and all that
+was touched since its last use fit in half of it. The same rule holds for all paths. "time" is a PREDICTION from an H100
+SXM's published rates: for each launch the longer of its operations and its memory traffic, all added up; what it takes
+to launch is left out. The target is at most 1.1 of the bound for "memory".
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -43,7 +47,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bench.lower_bound import LowerBound
+from bench.lower_bound import LowerBound, LowerBoundOfScheme
 from bench.traffic import Launch, memory_traffic, record
 from mlfs import SearchSpace, Subnet, SuperTransformer
 from mlfs.checkpoint import write_json
@@ -55,6 +59,8 @@ from mlfs.subnet import evenly_spaced
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
 RANK, STAGES, CONTEXT = 8, 3, 512
 TARGET = 1.1
+WHAT = {"all": "bytes", "memory": "memory", "operations": "operations", "time": "seconds"}  # columns, and their values
+PATHS = ("floor", "mlfs", "PEFT")  # beside the bound
 
 
 @dataclass(frozen=True)
@@ -147,15 +153,16 @@ def paths(work: Workload, size: str, kind: str, stage: int = 0, fold: bool = Tru
     supernet, sizes = palette_of(work)
     subnet = sizes[size]
     if kind == "training":
-        bound = LowerBound(supernet, subnet, work.batch, work.length, RANK)
+        kinds = {"floor": LowerBound, "bound": LowerBoundOfScheme}
+        bounds = {name: kind(supernet, subnet, work.batch, work.length, RANK) for name, kind in kinds.items()}
         return {
-            "bound": [*bound.forward(), *bound.backward()],
+            **{name: [*bound.forward(), *bound.backward()] for name, bound in bounds.items()},
             "mlfs": train(supernet, subnet, work, stage, fold),
             "PEFT": train(twin(supernet, subnet, RANK), subnet, work),
         }
     bound = LowerBound(supernet, subnet, 1, 1, RANK * STAGES, past=CONTEXT - 1)
     return {
-        "bound": [*bound.forward(), bound.head()],
+        **{name: [*bound.forward(), bound.head()] for name in ("floor", "bound")},
         "mlfs": decode(supernet, subnet),
         "PEFT": decode(twin(supernet, subnet, RANK * STAGES), subnet),
     }
@@ -256,9 +263,9 @@ def attention_without_masks() -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The bound, and both paths as multiples of it; then where the traffic of the full sizes is."""
+    """The bound, and floor and both paths as multiples of it; then where the traffic of the full sizes is."""
     lines = [
-        "bound (in units), and mlfs and PEFT as multiples of it: traffic of all launches (GB), traffic to memory (GB),",
+        "bound (in units); floor, mlfs and PEFT as multiples of it: traffic of all launches (GB) and to memory (GB),",
         f"operations (Tflop), predicted time on one {H100.name} (ms); number of launches of mlfs and PEFT",
         "",
         table([_line(row) for row in rows]),
@@ -270,28 +277,30 @@ def show(rows: list[dict[str, Any]]) -> str:
     ]
     for kind in ("training", "1 token"):
         some = [row for row in rows if row["pass"] == kind]
-        lines += [_summary(kind, [row["mlfs"]["memory"] / row["bound"]["memory"] for row in some])] if some else []
+        lines += [_summary(kind, what, some) for what in WHAT.values() if some]
     return "\n".join(lines)
 
 
-def _summary(kind: str, ratios: list[float]) -> str:
+def _summary(kind: str, what: str, rows: list[dict[str, Any]]) -> str:
+    ratios, floors = ([row["mlfs"][what] / row[least][what] for row in rows] for least in ("bound", "floor"))
     within = sum(ratio <= TARGET for ratio in ratios)
-    found = f"traffic to memory is {min(ratios):.2f} to {max(ratios):.2f} of the bound"
-    return f"{kind}: {found}, at most {TARGET} for {within} of {len(ratios)} sizes"
+    found = (
+        f"{min(ratios):.2f} to {max(ratios):.2f} of the bound (at most {TARGET} for {within} of {len(ratios)} sizes)"
+    )
+    return f"{kind}, {what}: {found}, {min(floors):.2f} to {max(floors):.2f} of the floor"
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:
     line = {"model": row["model"], "hidden/heads/ffn/layers": row["subnet"], "pass": row["pass"]}
-    columns = {"all": ("bytes", 1e9), "memory": ("memory", 1e9), "operations": ("operations", 1e12)}
-    for name, (what, unit) in (columns | {"time": ("seconds", 1e-3)}).items():
+    units = {"all": 1e9, "memory": 1e9, "operations": 1e12, "time": 1e-3}
+    for name, what in WHAT.items():
         bound = row["bound"][what]
-        mlfs, peft = (row[path][what] / bound for path in ("mlfs", "PEFT"))
-        line[name] = f"{bound / unit:.4g} {mlfs:.2f}x {peft:.2f}x"
+        line[name] = " ".join([f"{bound / units[name]:.4g}", *(f"{row[p][what] / bound:.2f}x" for p in PATHS)])
     return line | {"launches": f"{row['mlfs']['launches']} {row['PEFT']['launches']}"}
 
 
 def _kernels(row: dict[str, Any]) -> Iterator[dict[str, str]]:
-    for path in ("bound", "mlfs", "PEFT"):
+    for path in ("floor", "bound", "mlfs", "PEFT"):
         sums: Counter[str] = Counter()
         for name, size in row[path]["memory by kernel"].items():
             sums[_kind(name)] += size
@@ -303,17 +312,17 @@ KINDS = ("products", "thin products", "adapter gradients", "activations", "norms
 
 def _kind(name: str) -> str:
     module, _, kernel = name.partition(".")
-    if kernel in ("product", "parts", "sum", "mm", "addmm") or name.partition(" ")[0] in ("qkv", "out", "up", "down"):
-        return "products"
-    if kernel in ("reduce", "thin_reduce", "finish"):
+    if kernel in ("reduce", "thin_reduce", "finish") or name.endswith(" dA") or re.match("thin .* backward", name):
         return "adapter gradients"
+    if kernel in ("product", "together", "parts", "sum", "mm", "addmm") or re.match("(qkv|out|up|down)", name):
+        return "products"
     if "norm" in name:
         return "norms"
     if module.startswith("attention"):
         return "attention"
     if kernel.startswith(("gelu", "silu", "activation")):
         return "activations"
-    return "thin products" if kernel == "thin" else "rest"
+    return "thin products" if kernel == "thin" or name.startswith("thin") else "rest"
 
 
 if __name__ == "__main__":

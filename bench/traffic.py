@@ -94,8 +94,7 @@ def _product(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, i
     options["pre"] = (a["GRADIENT"], out)
     reads |= {name: size for name, (wanted, size) in options.items() if wanted}
     gated = a["GRADIENT"] and a["ACTIVATION"] == "silu_mul"
-    more = {"pre": a["KEEP_PRE"], "d_operand": gated}
-    writes = {"y": out} | {name: out for name, wanted in more.items() if wanted}
+    writes = ({"pre": out} if a["KEEP_PRE"] else {}) | {"y": out} | ({"d_operand": out} if gated else {})
     writes |= {"partial": a["partial"].shape[0] * a["RANKS"] * columns} if a["RANKS"] else {}
     return reads, writes, 2 * out * (depth + width + a["RANKS"])
 
@@ -108,8 +107,8 @@ def _together(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, 
     reads |= {"h": tokens * width * len(layers)} if width else {}
     reads |= {f"b{i}": m for i, m in columns.items()} if a["HAS_BIAS"] else {}
     written = layers if a["KEEP"] or not a["GATED"] else (0,)
-    writes = {f"y{i}": tokens * columns[i] for i in written}
-    writes |= {"z": tokens * columns[0]} if a["GATED"] and a["KEEP"] else {}
+    writes = {"z": tokens * columns[0]} if a["GATED"] and a["KEEP"] else {}
+    writes |= {f"y{i}": tokens * columns[i] for i in reversed(written)}
     return reads, writes, 2 * tokens * sum(columns.values()) * (depth + width)
 
 
@@ -317,7 +316,7 @@ class _Attention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.flops, ctx.recorder = attention_flops(q, k, causal), recorder
-        recorder.launches.append(_launch("attention.forward", (q, k, v), (o, lse), ctx.flops))
+        recorder.launches.append(flash_attention(_touched(q=q, k=k, v=v, o=o, lse=lse), ctx.flops))
         return o
 
     @staticmethod
@@ -325,18 +324,36 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         delta, sums = torch.empty_like(lse), torch.empty_like(q, dtype=torch.float32)
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        wide = [t.new_empty(t.shape[0], q.shape[1], *t.shape[2:]) for t in (k, v)] if k.shape[1] < q.shape[1] else ()
-        launches = [
-            _launch("attention.backward", (o, do), (delta, sums)),
-            # dq is summed in place by programs that each have some of the keys
-            _launch(
-                "attention.backward", (q, k, v, do, lse, delta, sums), (sums, *(wide or (dk, dv))), ctx.flops * 5 // 2
-            ),
-            _launch("attention.backward", (sums,), (dq,)),
-        ]
-        launches += [_launch("attention.backward", (t,), (d,)) for t, d in zip(wide, (dk, dv), strict=False)]
-        ctx.recorder.launches += launches
+        tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "do": do, "delta": delta, "sums": sums}
+        tensors |= {"dq": dq, "dk": dk, "dv": dv}
+        if k.shape[1] < q.shape[1]:
+            wide = [t.new_empty(t.shape[0], q.shape[1], *t.shape[2:]) for t in (k, v)]
+            tensors |= dict(zip(("wide_k", "wide_v"), wide, strict=True))
+        ctx.recorder.launches += flash_attention_backward(_touched(**tensors), ctx.flops)
         return dq, dk, dv, None, None
+
+
+Touched = Mapping[str, tuple[Hashable, int]]  # of each tensor, which one it is and its bytes
+
+
+def flash_attention(t: Touched, flops: int) -> Launch:
+    return Launch("attention.forward", dict(t[x] for x in ("q", "k", "v")), dict(t[x] for x in ("o", "lse")), flops)
+
+
+def flash_attention_backward(t: Touched, flops: int) -> list[Launch]:
+    """flops: of the forward pass. Keys and values of fewer heads get gradients of all heads first: wide_k, wide_v."""
+    keys = ("wide_k", "wide_v") if "wide_k" in t else ("dk", "dv")
+    steps = [
+        (("o", "do"), ("delta", "sums"), 0),
+        # dq is summed in place by programs that each have some of the keys
+        (("q", "k", "v", "do", "lse", "delta", "sums"), ("sums", *keys), flops * 5 // 2),
+        (("sums",), ("dq",), 0),
+    ]
+    steps += [((wide,), (d,), 0) for wide, d in (("wide_k", "dk"), ("wide_v", "dv")) if "wide_k" in t]
+    return [
+        Launch("attention.backward", dict(t[x] for x in reads), dict(t[x] for x in writes), operations)
+        for reads, writes, operations in steps
+    ]
 
 
 def attention_flops(q: Tensor, k: Tensor, causal: bool) -> int:
@@ -344,9 +361,8 @@ def attention_flops(q: Tensor, k: Tensor, causal: bool) -> int:
     return 4 * q.numel() * k.shape[2] // (2 if causal else 1)
 
 
-def _launch(name: str, reads: Iterable[Tensor], writes: Iterable[Tensor], flops: int = 0) -> Launch:
-    sizes = ({key_of(t, count(t)): count(t) * t.itemsize for t in tensors} for tensors in (reads, writes))
-    return Launch(name, *sizes, flops)
+def _touched(**tensors: Tensor) -> Touched:
+    return {name: (key_of(t, count(t)), count(t) * t.itemsize) for name, t in tensors.items()}
 
 
 def count(t: Tensor) -> int:

@@ -201,7 +201,8 @@ def backward(
     if tokens:
         g = dys[0].new_empty((tokens, all_stages.width))
         goals = dict(zip(live, dbs, strict=True))
-        for i, (dy, stages) in enumerate(zip(dys, own, strict=True)):
+        for i in reversed(range(len(dys))):  # attention's gradients of values are the last ones it makes
+            dy, stages = dys[i], own[i]
             place, spans = _place(i, own), [0, dy.shape[1]]
             first = i * len(lora_a) // len(weights)
             if mine := [s for s in live if 0 <= s - first < len(lora_a) // len(weights)]:

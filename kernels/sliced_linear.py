@@ -432,35 +432,37 @@ def backward(
         weight, read = weight[:, :n].index_select(0, rows), [0, dz.shape[1]]
         stages = stages.read_rows(rows)
     again = None  # the ranks whose dA comes from the product, which makes x again
+
+    def finish_a(partial: Tensor) -> None:
+        for goal, place in zip(gradients[::2], places, strict=True):
+            launch_finish(partial, goal, place, goal.shape[0], [0, n], transposed=False)
+
     if any(trains):
         assert h is not None
         ranks, starts = trained_ranks(lora_a, trains)
-        partial_b = launch_back(dz, h[:, ranks], g, stages, read)
+        places = [start for start, train in zip(starts, trains, strict=True) if train]
+        partial = launch_back(dz, h[:, ranks], g, stages, read)
+        for goal, place in zip(gradients[1::2], places, strict=True):
+            column = 0
+            for some in parts:
+                width = sum(some[1::2])
+                own = partial[:, :, column : column + width]
+                launch_finish(own, goal, place, goal.shape[1], some, transposed=True)
+                column += width
         if x is None:
             again = ranks
         else:
-            partial_a = launch_reduce(g[:, ranks], with_rows(x))
+            finish_a(launch_reduce(g[:, ranks], with_rows(x)))
     elif needs_dx:
         launch_thin(dz, stages.b, g, dz.shape[1], stages, read, reads_spans=True)
     if needs_dx:
-        made = launch_product(
+        partial = launch_product(
             dz, weight, None, g, stages.a, stages, read, True, n, dx, config, activation, _with_rows_or_none(operand),
             _with_rows_or_none(residual), None if pre is None else pre.contiguous(), before[-1], gradient=True,
             reduces=again,
         )  # fmt: skip
         if again:
-            partial_a = made
-    if any(trains):
-        goals = iter(gradients)
-        for s, train in enumerate(trains):
-            if train:
-                place, rank = starts[s], lora_a[s].shape[0]
-                launch_finish(partial_a, next(goals), place, rank, [0, n], transposed=False)
-                goal, column = next(goals), 0
-                for some in parts:
-                    width = sum(some[1::2])
-                    launch_finish(partial_b[:, :, column : column + width], goal, place, rank, some, transposed=True)
-                    column += width
+            finish_a(partial)
     return [*before, *gradients]
 
 
