@@ -131,6 +131,16 @@ def thin(device: torch.device, itemsize: int) -> tuple[int, int]:
     return max(block_k * 2 // itemsize, 16) if itemsize > 2 else block_k, stages
 
 
+def unroll(device: torch.device, count: int) -> int:
+    """How often to unroll a loop over `count` products, each a loop over its depth, into one accumulator.
+
+    Where matrix units take operands from registers, as on sm80, loops in a row differ in how these are kept there: 121
+    instructions a step instead of a plain product's 115 (joint, 128 × 128 × 32). One loop, whose operands are chosen
+    before it, has 115. Elsewhere that makes loops longer (gfx1100, joint, 64 × 64 × 32: 97 instead of 80).
+    """
+    return 1 if PRODUCT[architecture(device)] is _AMPERE else count
+
+
 def candidates(
     arch: str,
     tokens: int,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose, thin
+from mlfs.kernels.configs import Config, architecture, choose, thin, unroll
 from mlfs.kernels.sliced_linear import (
     Stages,
     accumulate,
@@ -75,9 +75,9 @@ def _thin(
 @triton.jit
 def _product(
     x, w, bias, h, p0, p1, p2, y, table, groups, x_t, h_t, w_k, w_c, p_q, p_c, y_t,
-    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, UNIT_K: tl.constexpr, EVEN_K: tl.constexpr,
-    ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
+    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, UNROLL: tl.constexpr, UNIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of y; SPANS = 0: over each group's n (forward), else over its spans (backward); zeros off the groups."""
     entry = table + tl.program_id(0) * 5
@@ -88,22 +88,17 @@ def _product(
     t64, c64 = t.to(tl.int64), c.to(tl.int64)
     group = groups + tl.load(entry + 4) * FIELDS
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    xs = x + tl.minimum(t, end - 1).to(tl.int64)[:, None] * x_t
+    xs = tl.minimum(t, end - 1).to(tl.int64)[:, None] * x_t + k[None, :]
     read, mask = readable(c, c_end, UNIT_K)
-    ws = w + read.to(tl.int64)[None, :] * w_c
+    ws = w + read.to(tl.int64)[None, :] * w_c + k[:, None] * w_k
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if SPANS == 0:
         depth = tl.load(group) * ALIGN
-        acc = accumulate(
-            acc, xs + k[None, :], ws + k[:, None] * w_k, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION
-        )
-    for s in tl.static_range(SPANS):
-        start = tl.load(group + 1 + 2 * s).to(tl.int64) * ALIGN
-        depth = tl.load(group + 2 + 2 * s) * ALIGN
-        ks = k + start
-        acc = accumulate(
-            acc, xs + ks[None, :], ws + ks[:, None] * w_k, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION
-        )
+        acc = accumulate(acc, x + xs, ws, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+    for s in tl.range(SPANS, loop_unroll_factor=UNROLL):
+        start, depth = tl.load(group + 1 + 2 * s) * ALIGN, tl.load(group + 2 + 2 * s) * ALIGN
+        ks = ws + start.to(tl.int64) * w_k
+        acc = accumulate(acc, x + start + xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
     for r in tl.static_range(0, STAGES * RANK, BLOCK_R):
         q = r + tl.arange(0, BLOCK_R)
         in_ranks = q < STAGES * RANK
@@ -255,14 +250,14 @@ def _launch_product(
 ) -> None:
     p_q, p_c = (0, 0) if not p else (p[0].stride(0), 1) if reads_spans else (1, p[0].stride(0))
     depths = [n for group in groups for n in (group.spans[1::2] if reads_spans else (group.n,))]
-    align = _alignment(groups, y.shape[1])
+    align, spans = _alignment(groups, y.shape[1]), _spans(groups, reads_spans)
 
     def run(config: Config) -> None:
         table = _tiles(groups, y.shape[0], y.shape[1], config.block_t, config.block_c, reads_spans, align, x.device)
         _product[(table.shape[0],)](
             x, w, x if bias is None else bias, h if stages.width else x, *stages.three(p, x), y, table,
             _fields(groups, align, x.device), x.stride(0), h.stride(0), *w.stride(), p_q, p_c, y.stride(0),
-            STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=_spans(groups, reads_spans),
+            STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=spans, UNROLL=unroll(x.device, spans),
             UNIT_K=w.stride(0) == 1, EVEN_K=all(depth % config.block_k == 0 for depth in depths), ALIGN=align,
             HAS_BIAS=bias is not None, PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c,
             BLOCK_K=config.block_k, BLOCK_R=stages.block_r, FIELDS=FIELDS, num_warps=config.warps,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose
+from mlfs.kernels.configs import Config, architecture, choose, unroll
 from mlfs.kernels.epilogue import apply_activation
 from mlfs.kernels.sliced_linear import (
     Stages,
@@ -23,10 +23,10 @@ from mlfs.kernels.sliced_linear import (
     launch_finish,
     launch_reduce,
     launch_thin,
+    nth,
     precision_of,
     readable,
     span_of,
-    stage_of,
     tile_of,
     with_rows,
 )
@@ -64,8 +64,8 @@ def _together(
             ws, w_k = w0 + rows * w0_c + depths * w0_k, tl.where(first[None, :], w0_k, w1_k)
             ws = tl.where(first[None, :], ws, w1 + rows * w1_c + depths * w1_k)
         else:
-            w_k, w_c = _of(layer, w0_k, w1_k, w2_k, LAYERS), _of(layer, w0_c, w1_c, w2_c, LAYERS)
-            ws = _of(layer, w0, w1, w2, LAYERS) + rows * w_c + depths * w_k
+            w_k, w_c = nth(layer, w0_k, w1_k, w2_k, LAYERS), nth(layer, w0_c, w1_c, w2_c, LAYERS)
+            ws = nth(layer, w0, w1, w2, LAYERS) + rows * w_c + depths * w_k
         acc = accumulate(acc, xs, ws, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
     else:  # loops over other layers' W take no step
         ws, steps = w0 + rows * w0_c + depths * w0_k, depth if GATED else tl.where(layer == 0, depth, 0)
@@ -88,15 +88,15 @@ def _together(
         if SELECTS:
             acc, up = tl.split(tl.permute(tl.reshape(up, (BLOCK_T, 2, WIDTH)), (0, 2, 1)))
     else:
-        p0, p1 = _of(layer, p00, p10, p20, LAYERS), _of(layer, p01, p11, p21, LAYERS)
-        p2, hs = _of(layer, p02, p12, p22, LAYERS), h + layer * STAGES * RANK
+        p0, p1 = nth(layer, p00, p10, p20, LAYERS), nth(layer, p01, p11, p21, LAYERS)
+        p2, hs = nth(layer, p02, p12, p22, LAYERS), h + layer * STAGES * RANK
         acc = add_stages(acc, hs, p0, p1, p2, t, in_rows, r64, inside, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION)
 
     c = tile * WIDTH + tl.arange(0, WIDTH)
     in_columns = c < length
     out, mask = t.to(tl.int64)[:, None] * length + c[None, :], in_rows[:, None] & in_columns[None, :]
     if HAS_BIAS:
-        acc += tl.load(_of(layer, b0, b1, b2, LAYERS) + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(nth(layer, b0, b1, b2, LAYERS) + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if GATED:
         if HAS_BIAS:
             up += tl.load(b1 + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -104,23 +104,17 @@ def _together(
             tl.store(z + out, acc.to(z.dtype.element_ty), mask=mask)
             tl.store(y1 + out, up.to(y1.dtype.element_ty), mask=mask)
         acc = apply_activation(acc, up, "silu_mul")
-    y = _of(layer, y0, y1, y2, LAYERS)
+    y = nth(layer, y0, y1, y2, LAYERS)
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _of(layer, v0, v1, v2, LAYERS: tl.constexpr):
-    """Layer's one of v0, v1, v2. Selected, not branched to: what is known of their alignment holds for the result."""
-    return stage_of(layer, v0, v1, v2, 1, LAYERS)
 
 
 @triton.jit
 def _sum(
     d0, d1, d2, w0, w1, w2, g, p0, p1, p2, residual, dx, tokens, columns, m0, m1, m2, d0_t, d1_t, d2_t, w0_k, w0_c,
     w1_k, w1_c, w2_k, w2_c, g_t, p_q, p_c, residual_t,
-    LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, UNROLL: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_T × BLOCK_C tile of dx = Σ_i d_i · W_i + g · P + residual, over the m_i rows of each W_i."""
     tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
@@ -128,13 +122,11 @@ def _sum(
     in_rows, in_columns = t < tokens, c < columns
     t64, c64, k = tl.minimum(t, tokens - 1).to(tl.int64)[:, None], c.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    xs, ws = d0 + t64 * d0_t + k[None, :], w0 + c64[None, :] * w0_c + k[:, None] * w0_k
-    acc = accumulate(acc, xs, ws, m0, w0_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
-    xs, ws = d1 + t64 * d1_t + k[None, :], w1 + c64[None, :] * w1_c + k[:, None] * w1_k
-    acc = accumulate(acc, xs, ws, m1, w1_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
-    if LAYERS > 2:
-        xs, ws = d2 + t64 * d2_t + k[None, :], w2 + c64[None, :] * w2_c + k[:, None] * w2_k
-        acc = accumulate(acc, xs, ws, m2, w2_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
+    for i in tl.range(LAYERS, loop_unroll_factor=UNROLL):
+        d, w, m = nth(i, d0, d1, d2, LAYERS), nth(i, w0, w1, w2, LAYERS), nth(i, m0, m1, m2, LAYERS)
+        w_k, w_c = nth(i, w0_k, w1_k, w2_k, LAYERS), nth(i, w0_c, w1_c, w2_c, LAYERS)
+        xs, ws = d + t64 * nth(i, d0_t, d1_t, d2_t, LAYERS) + k[None, :], w + c64[None, :] * w_c + k[:, None] * w_k
+        acc = accumulate(acc, xs, ws, m, w_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
     acc = add_stages(acc, g, p0, p1, p2, t, in_rows, c64, in_columns, g_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
     t64, mask = t.to(tl.int64)[:, None], in_rows[:, None] & in_columns[None, :]
     if HAS_RESIDUAL:
@@ -291,12 +283,11 @@ def _launch_sum(
         tiles = triton.cdiv(dx.shape[0], config.block_t) * triton.cdiv(dx.shape[1], config.block_c)
         _sum[(tiles,)](
             *_three(dys), *_three(weights), g if stages.width else dx, *stages.three(stages.a, dx),
-            dx if residual is None else residual, dx, *dx.shape,
-            *_three(sizes), *_three([dy.stride(0) for dy in dys]),
+            dx if residual is None else residual, dx, *dx.shape, *_three(sizes), *_three([dy.stride(0) for dy in dys]),
             *(stride for strides in _three([w.stride() for w in weights]) for stride in strides),
             g.stride(0), stages.a[0].stride(0) if stages.a else 0, 1, 0 if residual is None else residual.stride(0),
             LAYERS=len(weights), STAGES=stages.count, RANK=max(stages.rank, 1), HAS_RESIDUAL=residual is not None,
-            EVEN_K=all(size % config.block_k == 0 for size in sizes),
+            UNROLL=unroll(dx.device, len(weights)), EVEN_K=all(size % config.block_k == 0 for size in sizes),
             PRECISION=precision_of(dx), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose, thin
+from mlfs.kernels.configs import Config, architecture, choose, thin, unroll
 from mlfs.kernels.epilogue import activation_backward_kernel, activation_gradient, apply_activation
 
 MAX_SPANS = MAX_STAGES = 3  # in one launch; more spans take more launches, more stages are packed into one
@@ -52,14 +52,20 @@ def span_of(tile, s0, l0, s1, l1, s2, l2, SPANS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def nth(i, v0, v1, v2, COUNT: tl.constexpr):
+    """The i-th of v0, v1, v2 (pointers or numbers), of which there are COUNT."""
+    v = v0
+    if COUNT > 1:
+        v = tl.where(i == 1, v1, v0)
+    if COUNT > 2:
+        v = tl.where(i == 2, v2, v)
+    return v
+
+
+@triton.jit
 def stage_of(q, v0, v1, v2, RANK: tl.constexpr, STAGES: tl.constexpr):
     """The one of v0, v1, v2 (pointers or numbers) that belongs to rank index q of all stages side by side."""
-    v = v0
-    if STAGES > 1:
-        v = tl.where(q // RANK == 1, v1, v0)
-    if STAGES > 2:
-        v = tl.where(q // RANK == 2, v2, v)
-    return v
+    return nth(q // RANK, v0, v1, v2, STAGES)
 
 
 @triton.jit
@@ -207,10 +213,11 @@ def store_gradient(
 def _product(
     x, w, bias, h, p0, p1, p2, operand, residual, y, pre, d_operand, partial, tokens, depth, columns, x_t, h_t,
     w_k, w_c, p_q, p_c, operand_t, residual_t, y_t, first_rank, s0, l0, s1, l1, s2, l2,
-    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, SPANS_K: tl.constexpr, UNIT_K: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP_PRE: tl.constexpr,
-    GRADIENT: tl.constexpr, RANKS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, SPANS_K: tl.constexpr, UNROLL: tl.constexpr,
+    UNIT_K: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    KEEP_PRE: tl.constexpr, GRADIENT: tl.constexpr, RANKS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_T × BLOCK_C tile of y = act(x · P + h · Q + bias) + residual; P and Q are W and the stages, read
     through strides w_k, w_c and p_q, p_c. GRADIENT: the sum is the gradient of act(pre) instead, and y that of pre; see
@@ -231,14 +238,11 @@ def _product(
     ws = w + (first + read).to(tl.int64)[None, :] * w_c
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if SPANS_K:
-        ks = ws + (k + s0)[:, None] * w_k
-        acc = accumulate(acc, xs, ks, l0, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
-        if SPANS > 1:
-            ks = ws + (k + s1)[:, None] * w_k
-            acc = accumulate(acc, xs + l0, ks, l1, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
-        if SPANS > 2:
-            ks = ws + (k + s2)[:, None] * w_k
-            acc = accumulate(acc, xs + l0 + l1, ks, l2, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+        for i in tl.range(SPANS, loop_unroll_factor=UNROLL):
+            ks = ws + (k + nth(i, s0, s1, s2, SPANS))[:, None] * w_k
+            part = nth(i, l0, l1, l2, SPANS)
+            acc = accumulate(acc, xs, ks, part, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+            xs += part
     else:
         ks = ws + k[:, None] * w_k
         acc = accumulate(acc, xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
@@ -576,9 +580,10 @@ def launch_product(
             *w.stride(), p_q, p_c, 0 if operand is None else operand.stride(0),
             0 if residual is None else residual.stride(0), y.stride(0), reduces.start if reduces else 0, *six(spans),
             STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=len(lengths), SPANS_K=reads_spans,
-            UNIT_K=w.stride(0) == 1, EVEN_K=all(length % config.block_k == 0 for length in depths),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP_PRE=pre is not None and not gradient,
-            GRADIENT=gradient, RANKS=ranks, HAS_RESIDUAL=residual is not None,
+            UNROLL=unroll(x.device, len(depths)), UNIT_K=w.stride(0) == 1,
+            EVEN_K=all(length % config.block_k == 0 for length in depths), HAS_BIAS=bias is not None,
+            ACTIVATION=activation, KEEP_PRE=pre is not None and not gradient, GRADIENT=gradient, RANKS=ranks,
+            HAS_RESIDUAL=residual is not None,
             PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
