@@ -38,7 +38,8 @@ def test_published_results_are_of_the_table_and_have_no_faults():
     rows = read_results(RESULTS)
     assert not [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     for arch in ARCHITECTURES:
-        for kernel, epilogue in (("sliced_linear._product", False), ("grouped._product", False), ("joint._sum", True)):
+        kinds = ("sliced_linear._product", "grouped._product", "joint._together", "joint._sum")
+        for kernel, epilogue in zip(kinds, (False, False, False, True), strict=True):
             configs = [c for c in PRODUCT[arch] if admits(arch, c, torch.bfloat16, epilogue)]
             tiles = {f"{c.block_t}x{c.block_c}x{c.block_k}, {c.warps} warps, {c.stages} stages" for c in configs}
             assert {row["config"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)} == tiles
