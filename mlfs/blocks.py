@@ -172,7 +172,8 @@ def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
             known = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is not None
             if trains and known and not elsewhere and not self.chunk_size_feed_forward:
                 *heads, s = project(hidden_states, q, k, v, carries=True)
-                options = {k: v for k, v in kwargs.items() if k not in ("encoder_attention_mask", "past_key_values")}
+                unused = ("encoder_attention_mask", "past_key_values")
+                options = {name: value for name, value in kwargs.items() if name not in unused}
                 x, _ = _attend(attention, heads, attention_mask, dropout, options)
                 t = _norm_of_sum(out, out_dropout, norm, x, s)
                 if not (down_dropout.training and down_dropout.p):
