@@ -125,6 +125,11 @@ def architecture(device: torch.device) -> str:
     return f"sm{fitting[-1] if fitting else known[0]}"
 
 
+def gradient_part(device: torch.device) -> int:
+    """In how many columns at once a tile goes back through an activation: more run out of registers."""
+    return 16 if architecture(device) == "gfx1100" else 32
+
+
 def thin(device: torch.device, itemsize: int) -> tuple[int, int]:
     """(block_k, stages) of the thin kernels for operands of that size."""
     block_k, stages = THIN.get(architecture(device), (128, 3))

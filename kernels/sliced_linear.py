@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose, thin, unroll
+from mlfs.kernels.configs import Config, architecture, choose, gradient_part, thin, unroll
 from mlfs.kernels.epilogue import activation_backward_kernel, activation_gradient, apply_activation
 
 MAX_SPANS = MAX_STAGES = 3  # in one launch; more spans take more launches, more stages are packed into one
@@ -172,19 +172,19 @@ def _thin(
 def store_gradient(
     acc, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first, end, g_t, y_t, operand_t, first_rank,
     ACTIVATION: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, PART: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """From acc, the gradient of x = act(pre) [· operand] in BLOCK_C columns: that of pre to y, that of operand to
     d_operand; and partial[tile_t, q, c] = Σ_t g[t, first_rank + q] · x[t, c] for RANKS ranks q, with x made again."""
-    if BLOCK_C > 32:  # in parts: with all that it meets, the tile does not fit into registers
+    if BLOCK_C > PART:  # with all that it meets, the tile does not fit into registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_C // 2)), (0, 2, 1)))
         store_gradient(
             left, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first, end, g_t, y_t, operand_t,
-            first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, BLOCK_R,
+            first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, PART, BLOCK_R,
         )  # fmt: skip
         store_gradient(
             right, g, pre, operand, y, d_operand, partial, tile_t, t, in_rows, first + BLOCK_C // 2, end, g_t, y_t,
-            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, BLOCK_R,
+            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C // 2, PART, BLOCK_R,
         )  # fmt: skip
     else:
         t64, c = t.to(tl.int64), first + tl.arange(0, BLOCK_C)
@@ -215,9 +215,9 @@ def _product(
     w_k, w_c, p_q, p_c, operand_t, residual_t, y_t, first_rank, s0, l0, s1, l1, s2, l2,
     STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, SPANS_K: tl.constexpr, UNROLL: tl.constexpr,
     UNIT_K: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    KEEP_PRE: tl.constexpr, GRADIENT: tl.constexpr, RANKS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    KEEP_PRE: tl.constexpr, GRADIENT: tl.constexpr, PART: tl.constexpr, RANKS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_T × BLOCK_C tile of y = act(x · P + h · Q + bias) + residual; P and Q are W and the stages, read
     through strides w_k, w_c and p_q, p_c. GRADIENT: the sum is the gradient of act(pre) instead, and y that of pre; see
@@ -246,16 +246,17 @@ def _product(
     else:
         ks = ws + k[:, None] * w_k
         acc = accumulate(acc, xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+    t64, column, mask = t.to(tl.int64)[:, None], (offset + c)[None, :], in_rows[:, None] & in_columns[None, :]
+    if HAS_RESIDUAL:  # while the stages are multiplied; later, a tile of 64 × 64 spills on sm100
+        more = tl.load(residual + t64 * residual_t + column, mask=mask, other=0.0)
     acc = add_stages(acc, h, p0, p1, p2, t, in_rows, rows, in_columns, h_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
 
-    t64 = t.to(tl.int64)[:, None]
     if GRADIENT:
         store_gradient(
             acc, h, pre, operand, y, d_operand, partial, tile_t, t, in_rows, tile * BLOCK_C, length, h_t, y_t,
-            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C, BLOCK_R,
+            operand_t, first_rank, ACTIVATION, RANKS, PRECISION, BLOCK_T, BLOCK_C, PART, BLOCK_R,
         )  # fmt: skip
     else:
-        mask, column = in_rows[:, None] & in_columns[None, :], (offset + c)[None, :]
         out = t64 * y_t + column
         if HAS_BIAS:
             acc += tl.load(bias + rows, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -266,7 +267,7 @@ def _product(
             other = tl.load(operand + t64 * operand_t + column, mask=mask, other=0.0).to(tl.float32)
         acc = apply_activation(acc, other, ACTIVATION)
         if HAS_RESIDUAL:
-            acc += tl.load(residual + t64 * residual_t + column, mask=mask, other=0.0).to(tl.float32)
+            acc += more.to(tl.float32)
         tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -582,8 +583,8 @@ def launch_product(
             STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=len(lengths), SPANS_K=reads_spans,
             UNROLL=unroll(x.device, len(depths)), UNIT_K=w.stride(0) == 1,
             EVEN_K=all(length % config.block_k == 0 for length in depths), HAS_BIAS=bias is not None,
-            ACTIVATION=activation, KEEP_PRE=pre is not None and not gradient, GRADIENT=gradient, RANKS=ranks,
-            HAS_RESIDUAL=residual is not None,
+            ACTIVATION=activation, KEEP_PRE=pre is not None and not gradient, GRADIENT=gradient,
+            PART=gradient_part(x.device), RANKS=ranks, HAS_RESIDUAL=residual is not None,
             PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
             BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
