@@ -416,9 +416,9 @@ def backward(
 ) -> list[Tensor]:
     """[dx (T, n), or (0, n) unless needed; dA_s, dB_s of each stage that trains] from dz (T, m) and h of `forward`.
 
-    residual: (T, n), added to dx. activation: what x = act(pre) [· operand] was made by, both (T, n); then the list
-    starts with the gradients of pre and of operand, if there is one, instead of dx; without x, it is made again for dA,
-    beside dx, which is needed then.
+    residual: (T, n), added to dx; not with an activation.
+    activation: what x = act(pre) [· operand] was made by, both (T, n). Then the list starts with the gradients of pre
+    and of operand, if there is one, instead of dx; without x, it is made again for dA, beside dx, which is needed then.
     """
     tokens, n = dz.shape[0], columns
     dz = with_rows(dz)
