@@ -154,7 +154,7 @@ def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
     gradients and dropout, by one call of the extension."""
     names = [name for role, name in vars(spec).items() if role != "activation"]
     parents = {name.rpartition(".")[0] for name in names} | {spec.attention.rpartition(".")[0]}
-    parts_of, outer_of = attrgetter(*names), attrgetter(*sorted(parents - {"", *names}))
+    parts_of, outer_of = _getter(names), _getter(sorted(parents - {"", *names}))
 
     def forward(
         self: Any,
@@ -189,6 +189,18 @@ def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
         return original(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _getter(names: Sequence[str]) -> Callable[[nn.Module], tuple[Any, ...]]:
+    """A function that gives the submodules of these names."""
+    of = attrgetter(*names)
+
+    def parts(module: nn.Module) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():  # which cannot trace the faster one
+            return tuple(module.get_submodule(name) for name in names)
+        return of(module)
+
+    return parts
 
 
 def _watched(modules: Sequence[nn.Module]) -> bool:
