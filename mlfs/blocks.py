@@ -152,9 +152,11 @@ def _pre_norm(spec: PreNorm, original: Forward) -> Forward:
 def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
     """Where nobody watches its parts: in training on kernels, with sums of gradients in the products; on CPUs, without
     gradients and dropout, by one call of the extension."""
-    names = [name for role, name in vars(spec).items() if role != "activation"]
-    parents = {name.rpartition(".")[0] for name in names} | {spec.attention.rpartition(".")[0]}
-    parts_of, outer_of = _getter(names), _getter(sorted(parents - {"", *names}))
+    names = {role: name for role, name in vars(spec).items() if role != "activation"}
+    dropouts = [names.pop(role) for role in ("attention_dropout", "out_dropout", "down_dropout")]
+    parents = {name.rpartition(".")[0] for name in names.values()}
+    parts_of, dropouts_of = _getter(list(names.values())), _getter(dropouts)
+    outer_of = _getter(sorted(parents - {"", *names.values()}))
 
     def forward(
         self: Any,
@@ -164,27 +166,30 @@ def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        ranges = attention_mask if attention_mask is not None and attention_mask.dtype == torch.long else None
-        trains = torch.is_grad_enabled() and backend_of(hidden_states) == "triton"
-        if (trains or (ranges is not None and not self.training)) and not _watched(parts_of(self) + outer_of(self)):
-            attention, q, k, v, dropout, out, out_dropout, norm, up, down, down_dropout, last_norm = parts_of(self)
+        if torch.is_grad_enabled() and backend_of(hidden_states) == "triton":
+            parts, dropouts = parts_of(self), dropouts_of(self)
+            attention, q, k, v, out, norm, up, down, last_norm = parts
             elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
             known = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is not None
-            if trains and known and not elsewhere and not self.chunk_size_feed_forward:
+            free = not _watched((*parts, *dropouts, *outer_of(self)))
+            if free and known and not elsewhere and not self.chunk_size_feed_forward:
                 *heads, s = project(hidden_states, q, k, v, carries=True)
                 unused = ("encoder_attention_mask", "past_key_values")
                 options = {name: value for name, value in kwargs.items() if name not in unused}
-                x, _ = _attend(attention, heads, attention_mask, dropout, options)
-                t = _norm_of_sum(out, out_dropout, norm, x, s)
-                if not (down_dropout.training and down_dropout.p):
+                x, _ = _attend(attention, heads, attention_mask, dropouts[0], options)
+                t = _norm_of_sum(out, dropouts[1], norm, x, s)
+                if not (dropouts[2].training and dropouts[2].p):
                     return last_norm(feed_forward(t, [up], down, activation, residual=t)[0])
                 y, t = feed_forward(t, [up], down, activation, carries=True)
-                return last_norm.after(y, t, down_dropout.p)[0]
+                return last_norm.after(y, t, dropouts[2].p)[0]
+        elif not self.training and attention_mask is not None and attention_mask.dtype == torch.long:
+            parts = parts_of(self)
+            attention, q, k, v, out, norm, up, down, last_norm = parts
             layers = [linear.reads_now() for linear in (q, k, v, out, up, down)]
-            if ranges is not None and is_direct(hidden_states, *(layer[0] for layer in layers)):
+            if is_direct(hidden_states, *(layer[0] for layer in layers)) and not _watched((*parts, *outer_of(self))):
                 return encoder_layer(
                     hidden_states, layers[:3], layers[3], norm.reads_now(), layers[4], activation, layers[5],
-                    last_norm.reads_now(), ranges, attention.attention_head_size, attention.scaling,
+                    last_norm.reads_now(), attention_mask, attention.attention_head_size, attention.scaling,
                 )  # fmt: skip
         return original(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
 
