@@ -91,7 +91,7 @@ def _activated(spec: Activated, activation: str) -> Forward:
 def _mlp(spec: MLP, activation: str) -> Forward:
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         up, down, dropout = getattr(self, spec.up), getattr(self, spec.down), getattr(self, spec.dropout or "_", None)
-        adds = residual is not None and not (dropout is not None and dropout.training and dropout.p)
+        adds = residual is not None and not (dropout is not None and _drops(dropout))
         (y,) = feed_forward(hidden_states, [up], down, activation, residual if adds else None)
         if adds:  # while the product was in registers
             return y
@@ -120,9 +120,13 @@ def _add_norm(spec: AddNorm) -> Forward:
 
 
 def _norm_of_sum(linear: ElasticLinear, dropout: nn.Dropout, norm: ElasticNorm, x: Tensor, residual: Tensor) -> Tensor:
-    if dropout.training and dropout.p:
+    if _drops(dropout):
         return norm.after(linear(x), residual, dropout.p)[0]
     return norm(linear(x, residual=residual))  # added while the product is in registers
+
+
+def _drops(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
 
 
 @functools.cache
@@ -178,7 +182,7 @@ def _post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
                 options = {name: value for name, value in kwargs.items() if name not in unused}
                 x, _ = _attend(attention, heads, attention_mask, dropouts[0], options)
                 t = _norm_of_sum(out, dropouts[1], norm, x, s)
-                if not (dropouts[2].training and dropouts[2].p):
+                if not _drops(dropouts[2]):
                     return last_norm(feed_forward(t, [up], down, activation, residual=t)[0])
                 y, t = feed_forward(t, [up], down, activation, carries=True)
                 return last_norm.after(y, t, dropouts[2].p)[0]

@@ -85,6 +85,7 @@ def add_norm(
     if seed is None and backend_of(x, residual, weight, bias) == "reference":
         x = torch.nn.functional.dropout(x, p)  # as torch's own modules: a mask that is kept is cheaper here
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
+    # that of s; not by `_types`, as torch.compile cannot trace torch.result_type
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
         x, residual = (x.float(), None) if residual is None else (x, residual.float())
