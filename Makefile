@@ -27,7 +27,7 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/mypy
 
 bench-cpu: $(STAMP) ## time training and inference on this CPU against PEFT and plain transformers
-	$(BIN)/python -m bench.cpu_step $(ARGS)
+	$(BIN)/python -m bench.speed.cpu_step $(ARGS)
 
 # Preloaded, since Python itself is not built with them; its own leaks are none of ours.
 SANITIZERS := $(shell gcc -print-file-name=libasan.so 2>/dev/null) $(shell gcc -print-file-name=libubsan.so 2>/dev/null)

@@ -7,18 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlfs.arguments import MLFSArguments as MLFSArguments
-    from mlfs.blocks import without_padding as without_padding
-    from mlfs.elastic import ElasticEmbedding as ElasticEmbedding
-    from mlfs.elastic import ElasticLayerNorm as ElasticLayerNorm
-    from mlfs.elastic import ElasticLinear as ElasticLinear
-    from mlfs.elastic import ElasticRMSNorm as ElasticRMSNorm
-    from mlfs.elastic import train_stage as train_stage
+    from mlfs.elastic.embedding import ElasticEmbedding as ElasticEmbedding
+    from mlfs.elastic.linear import ElasticLinear as ElasticLinear
+    from mlfs.elastic.linear import train_stage as train_stage
+    from mlfs.elastic.norm import ElasticLayerNorm as ElasticLayerNorm
+    from mlfs.elastic.norm import ElasticRMSNorm as ElasticRMSNorm
     from mlfs.errors import MLFSError as MLFSError
-    from mlfs.subnet import SearchSpace as SearchSpace
-    from mlfs.subnet import Subnet as Subnet
-    from mlfs.supernet import SuperTransformer as SuperTransformer
-    from mlfs.trainer import MLFSTrainer as MLFSTrainer
+    from mlfs.models.fused.padding import without_padding as without_padding
+    from mlfs.space.search_space import SearchSpace as SearchSpace
+    from mlfs.space.subnet import Subnet as Subnet
+    from mlfs.supernet.model import SuperTransformer as SuperTransformer
+    from mlfs.training.arguments import MLFSArguments as MLFSArguments
+    from mlfs.training.trainer import MLFSTrainer as MLFSTrainer
 
 __version__ = "0.1.0"
 
@@ -27,14 +27,14 @@ _PLACES = {
     "ElasticLayerNorm": "mlfs.elastic",
     "ElasticLinear": "mlfs.elastic",
     "ElasticRMSNorm": "mlfs.elastic",
-    "MLFSArguments": "mlfs.arguments",
+    "MLFSArguments": "mlfs.training.arguments",
     "MLFSError": "mlfs.errors",
-    "MLFSTrainer": "mlfs.trainer",
-    "SearchSpace": "mlfs.subnet",
-    "Subnet": "mlfs.subnet",
+    "MLFSTrainer": "mlfs.training.trainer",
+    "SearchSpace": "mlfs.space.search_space",
+    "Subnet": "mlfs.space.subnet",
     "SuperTransformer": "mlfs.supernet",
     "train_stage": "mlfs.elastic",
-    "without_padding": "mlfs.blocks",
+    "without_padding": "mlfs.models.fused.padding",
 }
 __all__ = ["__version__", *_PLACES]
 

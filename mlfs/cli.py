@@ -93,19 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> None:
-    from mlfs import pipeline
+    from mlfs.commands.train import train
 
-    model, data, args = train_arguments(words)
-    pipeline.train(model, data, args)
+    train(*train_arguments(words))
 
 
 def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
     """Model, data and training arguments from flags and, before them, a YAML file."""
     from transformers import HfArgumentParser
 
-    from mlfs.arguments import MLFSArguments
-    from mlfs.data import DataArguments
-    from mlfs.pipeline import ModelArguments
+    from mlfs.commands.bases import ModelArguments
+    from mlfs.data.arguments import DataArguments
+    from mlfs.training.arguments import MLFSArguments
 
     kinds: Any = (ModelArguments, DataArguments, MLFSArguments)
     parser = HfArgumentParser(
@@ -154,15 +153,15 @@ def _eval(words: list[str]) -> None:
     given = parser.parse_args(words)
     from transformers.utils import logging
 
-    from mlfs import pipeline
-    from mlfs.data import DataArguments
+    from mlfs.commands.evaluate import evaluate
+    from mlfs.data.arguments import DataArguments
 
     logging.set_verbosity_error()
     names = ("validation_file", "dataset_name", "dataset_config_name", "validation_split", "max_seq_length",
              "max_eval_samples")  # fmt: skip
     options = {name: value for name in names if (value := getattr(given, name)) is not None}
     data = DataArguments(**options) if options else None
-    print(json.dumps(pipeline.evaluate(given.run, given.subnet, data, given.batch_size)))
+    print(json.dumps(evaluate(given.run, given.subnet, data, given.batch_size)))
 
 
 def _export(words: list[str]) -> None:
@@ -178,9 +177,9 @@ def _export(words: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     given = parser.parse_args(words)
-    from mlfs import pipeline
+    from mlfs.commands.export import export
 
-    print(pipeline.export(given.run, given.subnet, given.output_dir, given.overwrite))
+    print(export(given.run, given.subnet, given.output_dir, given.overwrite))
 
 
 def _demo(words: list[str]) -> None:
@@ -196,7 +195,7 @@ def _demo(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default: 0)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: what takes some minutes on two cores)")
     given = parser.parse_args(words)
-    from mlfs import demo
+    from mlfs.commands import demo
 
     folder = given.output_dir or Path("runs", "demo-decoder" if given.decoder else "demo")
     (demo.decoder if given.decoder else demo.encoder)(folder, given.seed, given.steps)

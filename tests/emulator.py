@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.offline import Launch
+from bench.static.offline import Launch
 
 ARCH, WAVE = "gfx1100", 32
 _S_NOP = struct.pack("<II", 0xBF800000, 0xBF800000)

@@ -10,7 +10,7 @@ import pytest
 
 from mlfs import MLFSError
 from mlfs.cli import main, train_arguments
-from mlfs.pretrained import MINILM, find_model
+from mlfs.models.pretrained import MINILM, find_model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

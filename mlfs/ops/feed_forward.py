@@ -53,15 +53,15 @@ def feed_forward(
     layers: Sequence[Projection],
     activation: str,
     residual: Tensor | None = None,
-    carries: bool = False,
+    returns_input: bool = False,
 ) -> list[Tensor]:
-    """The formula above, with weights and biases frozen: [y], or, if it `carries`, [y, x].
+    """The formula above, with weights and biases frozen: [y], or, if it `returns_input`, [y, x].
 
     Args:
         x: (..., n), floating point; under autocast cast to its type.
         layers: those that `may_feed_forward`.
         residual: (..., m), added last; the result has the wider of its type and x's. It may be x itself.
-        carries: x is returned too, for what else reads it: the gradient that comes back through it is added by the
+        returns_input: also return x, for what else reads it: the gradient that comes back through it is added by the
             product that makes dx.
 
     Raises:
@@ -79,11 +79,11 @@ def feed_forward(
     biases = [layer.bias for layer in layers if layer.bias is not None]
     scales, rows = [c for layer in layers for c in layer.scales], [layer.rows for layer in layers]
     options = rows, activation, None if adds_x else residual, adds_x
-    if carries and x is given:
+    if returns_input and x is given:
         lists = [layer.weight for layer in layers], biases, scales
         return list(_Carrying.apply(x, *lists, *options, len(lora_a), *lora_a, *lora_b))
     y = _feed_forward(x, [layer.weight for layer in layers], biases, lora_a, lora_b, scales, *options)[0]
-    return [y, given] if carries else [y]
+    return [y, given] if returns_input else [y]
 
 
 @torch.library.custom_op("mlfs::feed_forward", mutates_args=())

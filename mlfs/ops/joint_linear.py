@@ -56,19 +56,21 @@ def may_join(layers: Sequence[Projection]) -> bool:
     return 2 <= len(layers) <= 3 and len(kinds) == 1 and len({a.shape for p in layers for a in p.lora_a}) <= 1
 
 
-def joint_linear(x: Tensor, layers: Sequence[Projection], gated: bool = False, carries: bool = False) -> list[Tensor]:
-    """The formula above, with W and b frozen: [y_0, y_1, ...], or, gated, [y]; and x, if it `carries`.
+def joint_linear(
+    x: Tensor, layers: Sequence[Projection], gated: bool = False, returns_input: bool = False
+) -> list[Tensor]:
+    """The formula above, with W and b frozen: [y_0, y_1, ...], or, gated, [y]; and x, if it `returns_input`.
 
     Args:
         x: (..., n), floating point; under autocast cast to its type.
         layers: two or three that `may_join`; if gated, two of as many rows.
-        carries: x is returned too, for what else reads it: the gradient that comes back through it is added by the
+        returns_input: also return x, for what else reads it: the gradient that comes back through it is added by the
             product that makes dx. Not with gated layers.
 
     Raises:
         MLFSError: layers that cannot go together.
     """
-    alike = len(layers) == 2 and layers[0].rows == layers[1].rows and not carries
+    alike = len(layers) == 2 and layers[0].rows == layers[1].rows and not returns_input
     if not may_join(layers) or (gated and not alike):
         raise MLFSError(
             f"{len(layers)} layers of {', '.join(str(layer.rows) for layer in layers)} rows: expected two or three "
@@ -81,10 +83,10 @@ def joint_linear(x: Tensor, layers: Sequence[Projection], gated: bool = False, c
     biases = [layer.bias for layer in layers if layer.bias is not None]
     scales, rows = [c for layer in layers for c in layer.scales], [layer.rows for layer in layers]
     weights = [p.weight for p in layers]
-    if carries and keep and x is given:
+    if returns_input and keep and x is given:
         return list(_Carrying.apply(x, weights, biases, scales, rows, len(lora_a), *lora_a, *lora_b))
     out = _joint_linear(x, weights, biases, lora_a, lora_b, scales, rows, gated, keep)
-    return [out[0]] if gated else [*out[: len(layers)], *([given] if carries else [])]
+    return [out[0]] if gated else [*out[: len(layers)], *([given] if returns_input else [])]
 
 
 @torch.library.custom_op("mlfs::joint_linear", mutates_args=())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlfs import MLFSError
-from mlfs.elastic import ElasticLinear
+from mlfs.elastic.linear import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.attention import ragged_attention, ragged_attention_reference, ranges_of_keys, ranges_of_sequences
 from mlfs.ops.backend import use_backend

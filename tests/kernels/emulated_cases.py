@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.offline import offline
+from bench.static.offline import offline
 from mlfs.kernels import decode, distill, grouped, joint, norm, rotary, sliced_linear
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference

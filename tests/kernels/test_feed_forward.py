@@ -45,7 +45,7 @@ def case(
     return x, [*ups, down], activation, x if adds[0] == "x" else residual if adds.startswith("residual") else None
 
 
-def agree(made: Case, carries: bool, device: str, tolerance: float, stage: int | None = 0) -> None:
+def agree(made: Case, returns_input: bool, device: str, tolerance: float, stage: int | None = 0) -> None:
     outcomes = []
     for place, dtype in ((device, None), ("cpu", torch.float64)):
         x, layers, wanted = projections.leaves(*made[:2], place, dtype, stage)
@@ -54,9 +54,9 @@ def agree(made: Case, carries: bool, device: str, tolerance: float, stage: int |
             residual = made[3].detach().to(place, dtype).requires_grad_()
             wanted.append(residual)
         if dtype is None:
-            y, *more = feed_forward(x, layers, made[2], residual, carries)
+            y, *more = feed_forward(x, layers, made[2], residual, returns_input)
         else:
-            y, more = feed_forward_reference(x, layers, made[2], residual), [x] if carries else []
+            y, more = feed_forward_reference(x, layers, made[2], residual), [x] if returns_input else []
         generator = torch.Generator().manual_seed(1)
         dys = [strided(t.shape, "transposed", generator, torch.float64) for t in (y, *more)]
         sum((t * dy.to(place, t.dtype)).sum() for t, dy in zip((y, *more), dys, strict=True)).backward()
@@ -83,9 +83,9 @@ def cases(draw) -> tuple[Case, bool, int | None]:
 @given(drawn=cases())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_equals_the_formula(device, name, drawn):
-    made, carries, stage = drawn
+    made, returns_input, stage = drawn
     with of_backend(name, device):
-        agree(made, carries, device, 1e-5, stage)
+        agree(made, returns_input, device, 1e-5, stage)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
@@ -121,7 +121,7 @@ def test_what_comes_back_through_x_alone_goes_on(device, name):
     x, layers, activation, _ = case()
     x, layers, wanted = projections.leaves(x, layers, device, None, 0)
     with of_backend(name, device):
-        _, carried = feed_forward(x, layers, activation, carries=True)
+        _, carried = feed_forward(x, layers, activation, returns_input=True)
         carried.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     assert all(t.grad is None for t in wanted[1:])
@@ -134,7 +134,7 @@ def test_a_residual_of_a_wider_type_keeps_it(device):
     exact = projections.leaves(x, layers, "cpu", torch.float64, 0)
     for added, goal in ((residual.to(device), residual.double()), (x, exact[0])):
         with of_backend("triton", device), torch.autocast(device, torch.bfloat16):
-            y, carried = feed_forward(x, layers, activation, added, carries=True)
+            y, carried = feed_forward(x, layers, activation, added, returns_input=True)
             (y + carried).sum().backward()
         assert y.dtype == carried.dtype == x.grad.dtype == torch.float32
         expected = feed_forward_reference(exact[0], exact[1], activation, goal)

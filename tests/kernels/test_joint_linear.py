@@ -184,7 +184,7 @@ def test_x_carried_on_gets_all_gradients(device, name, dtype):
             given_x, some, wanted = leaves(x, layers, place, kind, 0)
             with use_backend(name if kind is None else "reference"):
                 if kind is None:
-                    *ys, carried = joint_linear(given_x, some, carries=True)
+                    *ys, carried = joint_linear(given_x, some, returns_input=True)
                     assert carried is not given_x
                     assert carried.data_ptr() == given_x.data_ptr()
                 else:

@@ -1,0 +1,115 @@
+"""Pretrained models by name, with tokenizer, task head and the sizes to offer."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from mlfs.data.prepare import RawData
+from mlfs.errors import MLFSError
+from mlfs.models.pretrained import SHORT_NAMES, find_model
+from mlfs.space.search_space import SearchSpace
+from mlfs.supernet.model import SuperTransformer
+from mlfs.training.arguments import MLFSArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and the sizes to offer."""
+
+    model: str = field(metadata={"help": "A Hub name, or a folder; also minilm, smollm2."})
+    space: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [counts or lists]}; "
+            "largest first. Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
+            "all layers and every other one."
+        },
+    )
+    per_layer: bool = field(default=False, metadata={"help": "Draw heads and feed-forward sizes anew for each layer."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
+
+    def search_space(self) -> SearchSpace | None:
+        """The space asked for; None for the default."""
+        if self.space is None:
+            return None
+        try:
+            value = json.loads(self.space)
+        except ValueError as error:
+            raise MLFSError(f"--space is not JSON ({error}): expected {{hidden, heads, ffn, layers}}") from None
+        return SearchSpace.from_dict(value)
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token: its own, else the end-of-sequence token."""
+    with _readable("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name), **options)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, raw: RawData, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    """The pretrained model in fp32 with a head for the task of `raw`."""
+    options = {"dtype": torch.float32} | options
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is expected
+    try:
+        with _readable("model", name):
+            if raw.task == "causal-lm":
+                model = AutoModelForCausalLM.from_pretrained(find_model(name), **options)
+            else:
+                labels: dict[str, Any] = {"num_labels": raw.num_labels}
+                if raw.task == "classification":
+                    labels |= {"id2label": raw.id2label, "label2id": raw.label2id}
+                else:
+                    labels["problem_type"] = "regression"
+                model = AutoModelForSequenceClassification.from_pretrained(find_model(name), **labels, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def max_length(model: PreTrainedModel) -> int | None:
+    """Tokens the model takes; None where it does not say."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa counts positions from after its padding index.
+    offset = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
+    return positions - offset if positions else None
+
+
+def make_supernet(model: PreTrainedModel, model_args: ModelArguments, args: MLFSArguments) -> SuperTransformer:
+    """The super-transformer the arguments ask for; the base is recorded under the name the user gave."""
+    space = model_args.search_space()
+    name = SHORT_NAMES.get(model_args.model, model_args.model)
+    supernet = SuperTransformer(model, space, args.rank, alpha=args.lora_alpha, base_name=name)
+    if model_args.per_layer:
+        supernet.space = supernet.space.with_per_layer()
+    return supernet
+
+
+class _readable:
+    """Turns what transformers raises for a model that is not there into one line."""
+
+    def __init__(self, what: str, name: str) -> None:
+        self.what, self.name = what, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, MLFSError):
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise MLFSError(f"no {self.what} {self.name!r}: {first} Give a Hub name or a folder") from None

@@ -1,0 +1,227 @@
+"""Which columns are text and label, and what the labels mean. The rules are stated in `mlfs.data.prepare`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+from mlfs.data.arguments import DataArguments
+from mlfs.errors import MLFSError
+
+# TYPE DataArguments
+
+
+LABEL_NAMES: tuple[str, ...] = (
+    "labels",
+    "quality",
+    "target",
+    "class",
+    "category",
+    "score",
+    "similarity",
+    "similarity_score",
+)
+LABEL_NAMES += ("gold_label", "is_duplicate", "sentiment")
+ID_NAMES = ("id", "idx", "index", "uid", "guid", "qid", "pairid", "promptid")
+KNOWN_TEXTS: tuple[tuple[str, ...], ...] = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("#1 String", "#2 String"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+    ("code",),
+)
+_PAIR = ("sentence1", "sentence2")
+GLUE_TEXTS: dict[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "qqp": ("question1", "question2"),
+    "qnli": ("question", "sentence"),
+    **dict.fromkeys(("mrpc", "stsb", "rte", "wnli"), _PAIR),
+    **dict.fromkeys(("mnli", "mnli_matched", "mnli_mismatched"), ("premise", "hypothesis")),
+}
+MAX_WHOLE_FLOATS = 20
+_WHOLE = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set and what messages call it."""
+
+    name: str
+    place: str
+    rows: Dataset
+
+    @property
+    def found(self) -> str:
+        return "its columns are " + ", ".join(repr(column) for column in self.rows.column_names)
+
+
+def parts_of(train: Dataset | None, validation: Dataset | None, args: DataArguments) -> list[Part]:
+    """The data sets there are, training first."""
+    hub = " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
+    named = (("train", train, args.train_file), ("validation", validation, args.validation_file))
+    parts = []
+    for name, rows, file in named:
+        if rows is None:
+            continue
+        source = hub or file
+        parts.append(Part(name, f"{name} data ({source})" if source else f"{name} data", rows))
+        if not len(rows):
+            raise MLFSError(f"the {parts[-1].place} has no rows; give data with at least one row below the header")
+    if not parts:
+        raise MLFSError("no data to prepare; give a training set, a validation set or both")
+    return parts
+
+
+def glue_name(args: DataArguments) -> str | None:
+    """The GLUE task, where the data is `glue` or `nyu-mll/glue` of the Hub."""
+    is_glue = args.dataset_name is not None and args.dataset_name.rstrip("/").split("/")[-1] == "glue"
+    return args.dataset_config_name if is_glue else None
+
+
+def find_columns(part: Part, args: DataArguments) -> tuple[str, tuple[str, ...], str | None]:
+    """The task, the text columns and the label column (None for causal-lm)."""
+    if args.text_pair_column and not args.text_column:
+        raise MLFSError("--text_pair_column is given without --text_column; give both")
+    given = tuple(column for column in (args.text_column, args.text_pair_column) if column)
+    _require(part, given, args.label_column)
+    glue = GLUE_TEXTS.get(glue_name(args) or "")
+    task, label = args.task, None
+    if task != "causal-lm":
+        label = args.label_column or _guess_label(part, given)
+    if label is None and task in ("classification", "regression"):
+        raise MLFSError(
+            f"no label column in the {part.place} (is the header missing?); {part.found}; give --label_column"
+        )
+    texts = given or glue or _guess_texts(part, label, 1 if task == "causal-lm" else 2)
+    if label is None and task == "auto":
+        if len(part.rows.column_names) > 1:
+            advice = "give --label_column, or --task causal-lm"
+            raise MLFSError(f"no label column in the {part.place} (is the header missing?); {part.found}; {advice}")
+        task = "causal-lm"
+    if task == "causal-lm" and len(texts) > 1:
+        raise MLFSError("--text_pair_column is given, but causal-lm reads one text; leave it out")
+    return task, texts, label
+
+
+def check_columns(part: Part, texts: tuple[str, ...], label: str | None) -> None:
+    """Raise unless the columns are there, and the texts are strings without a missing one."""
+    _require(part, texts, label)
+    for column in texts:
+        missing = pc.index(pc.is_null(part.rows.with_format("arrow")[column][:]), True).as_py()
+        if missing >= 0:
+            raise MLFSError(f"row {missing + 1} of the {part.place} has no {column!r}; fill it in, or remove the row")
+        if not _is_string(part.rows, column):
+            raise MLFSError(f"column {column!r} of the {part.place} is not text; {part.found}; give --text_column")
+
+
+def read_labels(part: Part, column: str) -> list[Any]:
+    """The label of each row: a number where all are numbers, also where a file spells them, else a name."""
+    values = part.rows[column][:]
+    feature = part.rows.features[column]
+    if isinstance(feature, ClassLabel):
+        values = [None if v is None or v < 0 else feature.int2str(v) for v in values]
+    values = [v.strip() if isinstance(v, str) else v for v in values]
+    for row, value in enumerate(values, 1):
+        if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+            raise MLFSError(f"row {row} of the {part.place} has no {column!r}; fill it in, or remove the row")
+        if not isinstance(value, str | bool | int | float):
+            raise MLFSError(
+                f"column {column!r} of the {part.place} is no label: it holds {type(value).__name__} values"
+            )
+    if all(isinstance(v, str) and _NUMBER.fullmatch(v) for v in values):
+        return [int(v) if _WHOLE.fullmatch(v) else float(v) for v in values]
+    return values
+
+
+def is_continuous(values: list[Any]) -> bool:
+    """Whether labels measure something: fractions, or more whole-numbered floats than classes would be."""
+    if not all(isinstance(v, int | float) for v in values):
+        return False
+    floats = [v for v in values if isinstance(v, float)]
+    return any(not v.is_integer() for v in floats) or (bool(floats) and len(set(values)) > MAX_WHOLE_FLOATS)
+
+
+def float_labels(values: list[Any], part: Part) -> list[float]:
+    """Labels for regression; raises where one is a name."""
+    for row, value in enumerate(values, 1):
+        if isinstance(value, str):
+            raise MLFSError(f"row {row} of the {part.place} has the label {value!r}; regression needs numbers")
+    return [float(value) for value in values]
+
+
+def class_names(values: list[Any], part: Part, column: str) -> list[str]:
+    """The classes in the order of their ids."""
+    feature = part.rows.features[column]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    if names is None:
+        names = list(dict.fromkeys(_name(value) for value in sorted(set(values))))
+    if part.name == "train" and len(names) < 2:
+        raise MLFSError(f"the {part.place} has the one label {names[0]!r}; classification needs two or more")
+    return names
+
+
+def label_ids(names: list[str], values: list[Any], part: Part) -> list[int]:
+    """The position of each label in `names`; raises for one that is not there, naming it."""
+    ids = {name: i for i, name in enumerate(names)}
+    found = [_name(value) for value in values]
+    odd = sorted(set(found) - set(ids))
+    if odd:
+        some = ", ".join(map(repr, odd[:5])) + (", ..." if len(odd) > 5 else "")
+        known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+        raise MLFSError(
+            f"the {part.place} has labels that training lacks: {some}; expected {known}: make the names agree"
+        )
+    return [ids[name] for name in found]
+
+
+def _require(part: Part, texts: tuple[str, ...], label: str | None) -> None:
+    for column in (*texts, *([label] if label else [])):
+        if column not in part.rows.column_names:
+            raise MLFSError(f"no column {column!r} in the {part.place}; {part.found}")
+
+
+def _guess_label(part: Part, taken: tuple[str, ...]) -> str | None:
+    lower = {column.lower(): column for column in part.rows.column_names if column not in taken}
+    if "label" in lower:
+        return lower["label"]
+    found = [lower[name] for name in LABEL_NAMES if name in lower]
+    if len(found) > 1:
+        raise MLFSError(f"{' or '.join(found)} may be the label in the {part.place}; {part.found}; give --label_column")
+    return found[0] if found else None
+
+
+def _guess_texts(part: Part, label: str | None, most: int) -> tuple[str, ...]:
+    columns = [c for c in part.rows.column_names if c != label and c.lower() not in ID_NAMES]
+    found = tuple(c for c in columns if _is_string(part.rows, c) and not _is_numeric(part.rows, c))
+    if 1 <= len(found) <= most:
+        return found
+    for known in KNOWN_TEXTS:
+        if len(known) <= most and set(known) <= set(found):
+            return known
+    which = "several columns may be the text" if found else "no column holds text"
+    raise MLFSError(f"{which} in the {part.place}; {part.found}; give --text_column (and --text_pair_column)")
+
+
+def _is_string(rows: Dataset, column: str) -> bool:
+    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+
+
+def _is_numeric(rows: Dataset, column: str) -> bool:
+    values = [value for value in rows[: min(len(rows), 1000)][column] if value]
+    return bool(values) and all(_NUMBER.fullmatch(value) for value in values)
+
+
+def _name(value: Any) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)

@@ -1,0 +1,1 @@
+"""A size leaves the house: formats that load without mlfs."""

@@ -1,0 +1,36 @@
+"""The README.md of an exported checkpoint."""
+
+from transformers import PreTrainedModel
+
+from mlfs.space.subnet import Subnet
+from mlfs.supernet.model import SuperTransformer
+
+
+def model_card(supernet: SuperTransformer, subnet: Subnet, small: PreTrainedModel) -> str:
+    """README.md of an exported checkpoint."""
+    count = sum(p.numel() for p in small.parameters())
+    full = supernet.count_parameters(supernet.space.max)
+    auto = "AutoModelForCausalLM" if small.can_generate() else "AutoModelForSequenceClassification"
+    base = supernet.base_name or "an unnamed model"
+    return f"""---
+library_name: transformers
+base_model: {base}
+tags: [mlfs]
+---
+
+# {base}, {subnet}
+
+A sub-network of {base}: {len(subnet.layers)} of {supernet.dimensions.layers} layers, hidden size {subnet.hidden},
+{subnet.heads} heads, feed-forward size {subnet.ffn}; {count / 1e6:.1f} million of {full / 1e6:.1f} million parameters.
+It was trained with mlfs (Multistage Low-rank Fine-tuning of Super-transformers, arXiv 2404.01353) and has its low-rank
+updates merged. It is an ordinary transformers checkpoint:
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+Subnet: `{subnet.to_json()}`
+"""

@@ -1,0 +1,85 @@
+"""What every elastic layer shares: the parameters of the layer it was made from, and the scope it follows."""
+
+import copy
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mlfs.elastic.scope import Scope
+from mlfs.errors import MLFSError
+from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
+
+
+class OutputPart(NamedTuple):
+    """One part of a layer's output that follows an axis: numbers `start` to `stop` of the full width."""
+
+    size: AxisSize
+    start: int
+    stop: int
+
+
+class Axes(NamedTuple):
+    """Which axis a layer's input, and each part of its output, follow; None or nothing where the width is fixed."""
+
+    input: AxisSize | None
+    outputs: tuple[OutputPart, ...]
+
+
+class Elastic(nn.Module):
+    """What the elastic layers share: the parameters of the layer they came from, and the subnet they follow."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.register_parameter("weight", module.weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", getattr(module, "bias", None))
+        self.training = module.training
+        self._template = (_without_parameters(module),)  # in a tuple: not a submodule
+        self._scope: Scope | None = None
+        self._extents: tuple[AxisSize, ...] = ()
+        # Whether its base weights belong to the run (a task head, a norm that trained) and are saved with it.
+        self.owned = False
+
+    def bind(self, scope: Scope, *extents: AxisSize) -> None:
+        """Lets the active subnet of `scope` give the sizes, along one axis for each fused part."""
+        self._scope, self._extents = scope, extents
+
+    def axes(self) -> Axes:
+        """Says which axes the layer follows."""
+        raise NotImplementedError
+
+    def train_base(self, trains: bool) -> None:
+        """Lets the layer's own weight and bias train, or freezes them."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(trains)
+
+    def plain(self, **parameters: Tensor | None) -> nn.Module:
+        """A module of the class this one was made from, holding `parameters`."""
+        module = copy.copy(self._template[0])
+        module._parameters = {name: None if p is None else nn.Parameter(p) for name, p in parameters.items()}
+        module.training = self.training
+        return module
+
+    def extract(self, sizes: LayerSizes) -> nn.Module:
+        """The plain, smaller module that computes the same under `sizes`."""
+        raise NotImplementedError
+
+    def _row_sizes(self) -> RowSizes | None:
+        sizes = None if self._scope is None else self._scope.sizes
+        return sizes if isinstance(sizes, RowSizes) else None
+
+    def _size(self, asked: int | None, full: int, what: str) -> int:
+        if asked is None:
+            return full if self._scope is None or not self._extents else self._extents[0](self._scope.sizes)
+        if not 1 <= asked <= full:
+            raise MLFSError(f"{what}={asked}: expected 1 to {full}")
+        return asked
+
+
+def _without_parameters(module: nn.Module) -> nn.Module:
+    template = copy.copy(module)
+    template._parameters = {}
+    return template

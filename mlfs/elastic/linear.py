@@ -1,0 +1,243 @@
+"""A linear layer that reads the leading slice of a frozen W, with low-rank stages."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlfs.elastic.base import Axes, Elastic, OutputPart
+from mlfs.elastic.scope import Scope
+from mlfs.errors import MLFSError
+from mlfs.ops.backend import is_direct
+from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
+from mlfs.ops.joint_linear import Projection
+from mlfs.ops.sliced_linear import Layer, direct_linears, finish, sliced_linear, sliced_linear_reference
+from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
+
+
+class ElasticLinear(Elastic):
+    """y = x · W[:m, :n]ᵀ + b[:m] + Σ_s c_s (x · A_s[:, :n]ᵀ) B_s[:m]ᵀ for a Linear's own W (out, in) and b.
+
+    n is read off x. m is `out_features` of the call, else the active subnet's, else all. The low-rank stages
+    (`lora_A[s]`: (rank, in), `lora_B[s]`: (out, rank)) start at zero effect: B_s = 0. Stage 0 trains until
+    `train_stage` says otherwise. Scale c_s = alpha / rank, as in LoRA (arXiv 2106.09685).
+
+    >>> layer = ElasticLinear.from_linear(nn.Linear(768, 3072), rank=8, stages=3)
+    >>> layer(torch.ones(2, 5, 512), out_features=1536).shape
+    torch.Size([2, 5, 1536])
+    """
+
+    def __init__(
+        self, linear: nn.Module, rank: int = 8, stages: int = 3, alpha: float = 16.0, train_base: bool = False
+    ) -> None:
+        transposed = hasattr(linear, "nf")
+        if not (transposed or isinstance(linear, nn.Linear)) or not _is_floating(linear.weight):
+            raise MLFSError(f"{type(linear).__name__}: expected an nn.Linear or a Conv1D of floating-point numbers")
+        super().__init__(linear)
+        # transformers' Conv1D keeps W as (in, out); reading it through its strides makes the two alike.
+        self.transposed = transposed
+        self.out_features, self.in_features = self._matrix().shape
+        if rank < 0 or stages < 0 or rank > min(self.in_features, self.out_features):
+            raise MLFSError(
+                f"rank={rank}, stages={stages} for a {self.out_features} x {self.in_features} layer: "
+                f"expected 0 <= rank <= {min(self.in_features, self.out_features)} and stages >= 0; choose a lower rank"
+            )
+        self.rank, self.stages, self.merged_stages = rank, stages if rank else 0, 0
+        # Adapters stay in fp32 over a half-precision base: their updates are small.
+        kind = torch.promote_types(self.weight.dtype, torch.float32)
+        like: dict[str, Any] = {"dtype": kind, "device": self.weight.device}
+        self.lora_A = nn.ParameterList(
+            nn.init.kaiming_uniform_(torch.empty(rank, self.in_features, **like), a=math.sqrt(5))
+            for _ in range(self.stages)
+        )
+        self.lora_B = nn.ParameterList(torch.zeros(self.out_features, rank, **like) for _ in range(self.stages))
+        self.scales = [alpha / max(rank, 1)] * self.stages
+        self.trained_stages = min(self.stages, 1)  # later stages have B = 0 and cost nothing
+        self._reads: AxisSize | None = None
+        self.register_buffer("_merged", None, persistent=False)
+        self.train_base(train_base)
+        self.train_stage(0 if self.stages else None)
+        self._parts: tuple[int, ...] = (self.out_features,)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, rank: int = 8, stages: int = 3, alpha: float = 16.0, train_base: bool = False
+    ) -> "ElasticLinear":
+        """An elastic layer on the storage of `linear` (an nn.Linear, or transformers' Conv1D).
+
+        Args:
+            rank, stages, alpha: of the low-rank stages; rank 0 for none.
+            train_base: whether W and b themselves train (for a network trained from scratch); else they are frozen.
+        """
+        return cls(linear, rank, stages, alpha, train_base)
+
+    def bind(self, scope: Scope, *extents: AxisSize, reads: AxisSize | None = None) -> None:
+        super().bind(scope, *extents)
+        self._reads = reads
+        self._parts = tuple(extent(scope.default) for extent in extents) or (self.out_features,)
+        full = reads(scope.default) if reads else self.in_features
+        if (sum(self._parts), full) != (self.out_features, self.in_features):
+            raise MLFSError(
+                f"a {self.out_features} x {self.in_features} projection, where the model's configuration makes it "
+                f"{sum(self._parts)} x {full}"
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        out_features: int | None = None,
+        activation: str = "none",
+        operand: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
+        if x.shape[-1] > self.in_features:
+            raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
+        rest = activation, operand, residual
+        if (rows := self._row_sizes()) is not None and out_features is None:
+            grouped = grouped_sliced_linear_reference if self.weight.requires_grad else grouped_sliced_linear
+            flat = x.reshape(-1, x.shape[-1])
+            y = grouped(flat, *self._reads_at([])[:-1], self._groups(x, rows)).view(*x.shape[:-1], -1)
+            return finish(y, *rest)
+        layer = self._reads_at(self.spans(out_features))
+        if is_direct(x, layer[0], operand, residual):
+            return direct_linears(x, [layer], *rest)[0]
+        op = sliced_linear_reference if self.weight.requires_grad else sliced_linear
+        return op(x, *layer, *rest)
+
+    def reads_now(self) -> Layer:
+        """(weight, bias, lora_a, lora_b, scales, spans) under the active subnet, in the operators' order."""
+        return self._reads_at(self.spans())
+
+    def _reads_at(self, spans: list[int]) -> Layer:
+        weight = self._matrix() if self._merged is None else self._merged
+        trained = slice(self.merged_stages, self.trained_stages)
+        lora = _values(self.lora_A)[trained], _values(self.lora_B)[trained], self.scales[trained]
+        return weight, self.bias, *lora, spans
+
+    def projection(self) -> Projection | None:
+        """Itself as `joint_linear` takes it; None where it has to be called: its base trains, rows have sizes of their
+        own, it is several projections already, or someone watches its calls."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        if self.weight.requires_grad or any(hooks) or len(self._extents) > 1 or self._row_sizes() is not None:
+            return None
+        return Projection(*self._reads_at([])[:-1], self._size(None, self.out_features, "out_features"))
+
+    def spans(self, out_features: int | None = None) -> list[int]:
+        """The rows of W that are read now, as flat (start, length) pairs."""
+        if len(self._extents) < 2 or self._scope is None:
+            return [0, self._size(out_features, self.out_features, "out_features")]
+        return self._fused_spans(self._scope.sizes)
+
+    def _groups(self, x: Tensor, rows: RowSizes) -> list[Group]:
+        tokens = x[0].numel() // x.shape[-1]
+        groups = []
+        for start, end, sizes in rows.runs(x.shape[0]):
+            spans = self._fused_spans(sizes) if self._extents else [0, self.out_features]
+            n = self._reads(sizes) if self._reads else self.in_features
+            groups.append(Group(start * tokens, (end - start) * tokens, n, tuple(spans)))
+        return groups
+
+    def axes(self) -> Axes:
+        ends = list(itertools.accumulate(self._parts))
+        parts = zip(self._extents, self._parts, ends, strict=False)  # without an axis the one part is all of the rows
+        return Axes(self._reads, tuple(OutputPart(size, end - length, end) for size, length, end in parts))
+
+    def train_stage(self, stage: int | None) -> None:
+        """Lets only the adapters of `stage` train; None: of no stage."""
+        if stage is not None and not 0 <= stage < self.stages:
+            raise MLFSError(f"stage={stage}: this layer has stages 0 to {self.stages - 1}")
+        if stage is not None and stage < self.merged_stages:
+            raise MLFSError(f"stage {stage} is merged: merge at most {stage} stages to train it")
+        for s in range(self.stages):
+            self.lora_A[s].requires_grad_(s == stage)
+            self.lora_B[s].requires_grad_(s == stage)
+        if stage is not None:
+            self.trained_stages = max(self.trained_stages, stage + 1)
+
+    @torch.no_grad()
+    def merge_stages(self, stages: int) -> None:
+        """Reads the first `stages` stages from one merged matrix, in fp32 or wider, beside the untouched W; 0: W."""
+        if not 0 <= stages <= self.stages:
+            raise MLFSError(f"cannot merge {stages} of {self.stages} stages")
+        if stages and self.weight.requires_grad:
+            raise MLFSError("the base trains: it cannot be read from a merged copy; freeze it, or do not merge")
+        self.merged_stages, self._merged = 0, None
+        if stages:
+            self._merged = self.merged_weight(stages)
+            self.merged_stages = stages
+
+    def merged_weight(self, stages: int | None = None, columns: int | None = None, spans: Sequence[int] = ()) -> Tensor:
+        """(W + Σ_{s < stages} c_s B_s A_s)[rows, :columns], in the adapters' type; all by default."""
+        n = self.in_features if columns is None else columns
+        spans = spans or [0, self.out_features]
+        rows = torch.cat([torch.arange(a, a + k) for a, k in zip(spans[::2], spans[1::2], strict=True)])
+        rows = rows.to(self.weight.device)
+        kind = torch.promote_types(self.weight.dtype, torch.float32)
+        w = self._matrix()[:, :n].index_select(0, rows).to(kind)
+        for a, b, c in list(zip(self.lora_A, self.lora_B, self.scales, strict=True))[: self.trained_stages][:stages]:
+            w = torch.addmm(w, b.index_select(0, rows), a[:, :n], alpha=c)
+        return w
+
+    @torch.no_grad()
+    def extract(self, sizes: LayerSizes) -> nn.Module:
+        n, _ = self.read_sizes(sizes)
+        spans = self._fused_spans(sizes) if self._extents else [0, self.out_features]
+        weight = self.merged_weight(None, n, spans).to(self.weight.dtype)
+        bias = self.bias
+        if bias is not None:
+            pairs = zip(spans[::2], spans[1::2], strict=True)
+            bias = torch.cat([bias[a : a + k] for a, k in pairs])  # type: ignore[assignment]
+        module = self.plain(weight=weight.t().contiguous() if self.transposed else weight.contiguous(), bias=bias)
+        names = ("nf", "nx") if self.transposed else ("out_features", "in_features")
+        for name, size in zip(names, weight.shape, strict=True):
+            setattr(module, name, size)
+        return module
+
+    def read_sizes(self, sizes: LayerSizes) -> tuple[int, int]:
+        """(n, m): how many columns and rows of W a subnet reads; 0 where it leaves the layer out."""
+        m = sum(extent(sizes) for extent in self._extents) if self._extents else self.out_features
+        return self._reads(sizes) if self._reads else self.in_features, m
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, tensor) of every stage."""
+        yield from self.lora_A.named_parameters("lora_A")
+        yield from self.lora_B.named_parameters("lora_B")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, stages={self.stages}"
+        )
+
+    def _matrix(self) -> Tensor:
+        return self.weight.t() if self.transposed else self.weight
+
+    def _fused_spans(self, sizes: LayerSizes) -> list[int]:
+        spans, start = [0, 0], 0
+        for extent, part in zip(self._extents, self._parts, strict=True):
+            length = extent(sizes)
+            if spans[-2] + spans[-1] == start:  # follows on: one product instead of two
+                spans[-1] += length
+            else:
+                spans += [start, length]
+            start += part
+        return spans
+
+
+def train_stage(module: nn.Module, stage: int | None) -> None:
+    """Lets the adapters of one stage train in every elastic layer of `module`; None: of no stage."""
+    for layer in module.modules():
+        if isinstance(layer, ElasticLinear) and layer.stages:
+            layer.train_stage(stage)
+
+
+def _values(parameters: nn.ParameterList) -> list[Tensor]:
+    """Its parameters; iterating over it takes longer than a small product."""
+    return list(parameters._parameters.values())  # type: ignore[arg-type]
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,117 @@
+"""Norms over however many numbers their input has."""
+
+import torch
+from torch import Tensor, nn
+
+from mlfs.elastic.base import Axes, Elastic, OutputPart
+from mlfs.errors import MLFSError
+from mlfs.ops.norm import add_norm
+from mlfs.space.dimensions import LayerSizes
+
+
+class ElasticNorm(Elastic):
+    """What the norms share."""
+
+    eps: float
+    rms: bool
+    statistics: torch.dtype | None = None  # the type they are taken in, where it is not x's or wider
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n)."""
+        return self.after(x)[0]
+
+    def axes(self) -> Axes:
+        sizes = self._extents  # one, or none while it follows no subnet
+        width = self.weight.shape[0] if self.weight is not None else 0
+        return Axes(sizes[0] if sizes else None, tuple(OutputPart(size, 0, width) for size in sizes))
+
+    def after(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) of s = residual + dropout(x), each (..., n).
+
+        Args:
+            residual: (..., n), or None for nothing.
+            p: probability of dropout.
+        """
+        if self.weight is not None and x.shape[-1] > self.weight.shape[0]:
+            raise MLFSError(f"input of width {x.shape[-1]}, expected at most {self.weight.shape[0]}")
+        if (rows := self._row_sizes()) is None:
+            return self._norm(x, residual, p)
+        x = nn.functional.dropout(x, p)
+        s = x if residual is None else residual + x
+        parts = []  # of each row the leading numbers that it has, zeros after them
+        for start, end, sizes in rows.runs(s.shape[0]):
+            width = self._extents[0](sizes)
+            y, _ = self._norm(s[start:end, ..., :width])
+            parts.append(nn.functional.pad(y, (0, s.shape[-1] - width)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts), s
+
+    def reads_now(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """(weight, bias, eps), in the operators' order."""
+        return self.weight, self.bias, self.eps
+
+    def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        return add_norm(x, residual, self.weight, self.bias, self.eps, self.rms, p, statistics=self.statistics)
+
+
+class ElasticLayerNorm(ElasticNorm):
+    """LayerNorm over however many numbers the input has, with the leading ones of weight and bias.
+
+    >>> ElasticLayerNorm.from_layer_norm(nn.LayerNorm(64))(torch.randn(2, 48)).shape
+    torch.Size([2, 48])
+    """
+
+    rms = False
+
+    def __init__(self, norm: nn.LayerNorm, train_base: bool = False) -> None:
+        super().__init__(norm)
+        if len(norm.normalized_shape) != 1:
+            raise MLFSError(f"normalized_shape={norm.normalized_shape}: only the last axis can be elastic")
+        self.eps, self.normalized_shape = norm.eps, norm.normalized_shape
+        self.train_base(train_base)
+
+    @classmethod
+    def from_layer_norm(cls, norm: nn.LayerNorm, train_base: bool = False) -> "ElasticLayerNorm":
+        """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
+        return cls(norm, train_base)
+
+    def extract(self, sizes: LayerSizes) -> nn.Module:
+        width = self._extents[0](sizes)
+        module = self.plain(
+            weight=None if self.weight is None else self.weight.detach()[:width].clone(),
+            bias=None if self.bias is None else self.bias.detach()[:width].clone(),
+        )
+        module.normalized_shape = (width,)  # type: ignore[assignment]
+        return module
+
+
+class ElasticRMSNorm(ElasticNorm):
+    """RMSNorm over however many numbers the input has, with the leading ones of the weight.
+
+    Made from torch's nn.RMSNorm or a transformers one (any module with `weight` and `variance_epsilon` or `eps`).
+
+    >>> ElasticRMSNorm.from_rms_norm(nn.RMSNorm(64, eps=1e-6))(torch.randn(2, 48)).shape
+    torch.Size([2, 48])
+    """
+
+    rms = True
+
+    def __init__(self, norm: nn.Module, train_base: bool = False) -> None:
+        super().__init__(norm)
+        if self.weight is None or self.weight.dim() != 1:
+            raise MLFSError("an RMSNorm needs a weight over the last axis to be made elastic")
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        self.eps: float = torch.finfo(self.weight.dtype).eps if eps is None else eps
+        self.statistics = None if isinstance(norm, nn.RMSNorm) else torch.float32  # transformers: whatever x is
+        self.train_base(train_base)
+
+    @classmethod
+    def from_rms_norm(cls, norm: nn.Module, train_base: bool = False) -> "ElasticRMSNorm":
+        """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
+        return cls(norm, train_base)
+
+    def extract(self, sizes: LayerSizes) -> nn.Module:
+        width = self._extents[0](sizes)
+        module = self.plain(weight=self.weight.detach()[:width].clone())
+        if isinstance(module, nn.RMSNorm):
+            module.normalized_shape = (width,)
+        return module

@@ -1,0 +1,43 @@
+"""Which subnet is active, for the thread or task that asks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from mlfs.space.dimensions import LayerSizes
+
+
+class Scope:
+    """What is active: per thread and task (a context variable), so that threads do not see each other's subnet.
+
+    torch.compile cannot trace a context variable; while it traces, the sizes last entered in the process are read.
+    """
+
+    def __init__(self, default: LayerSizes) -> None:
+        self.default = default
+        self._active: ContextVar[LayerSizes | None] = ContextVar("mlfs_active", default=None)
+        self._traced: LayerSizes = default
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """The active sizes, maxnet's where none were activated."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        return self._active.get() or self.default
+
+    @contextmanager
+    def activate(self, sizes: LayerSizes) -> Iterator[None]:
+        """Makes `sizes` active until the block ends, however it ends; blocks nest."""
+        token, outer = self._active.set(sizes), self._traced
+        self._traced = sizes
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+            self._traced = outer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        return Scope(self.default)

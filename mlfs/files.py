@@ -1,0 +1,47 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one step: under a temporary name, then renamed."""
+    with temporary_file(path.parent, ".json") as temporary:
+        text = json.dumps(value, indent=1, separators=(",", ": "))
+        Path(temporary).write_text(_short_lists(text) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def hash_file(path: str | Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def temporary_file(folder: Path, suffix: str) -> Iterator[str]:
+    """Yields the name of a new file in `folder`, which is removed with the block unless it was renamed."""
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=folder)
+    os.close(handle)
+    os.umask(mask := os.umask(0))
+    os.chmod(name, 0o666 & ~mask)  # as an ordinary file; mkstemp's are the owner's alone
+    try:
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _short_lists(text: str) -> str:
+    """Puts lists of numbers on one line each, so that the file stays readable."""
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match.group()), text)

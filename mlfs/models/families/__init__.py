@@ -1,0 +1,1 @@
+"""Model families as data: a file for each kin of them."""

@@ -1,0 +1,1 @@
+"""What a size costs, and how that is shown."""

@@ -1,0 +1,161 @@
+"""`SearchSpace`, the sizes a super-transformer offers."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mlfs.errors import MLFSError
+from mlfs.space.subnet import Subnet, as_tuple, is_int
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The sizes on offer, each axis from the full model downwards.
+
+    Attributes:
+        hidden, heads, ffn: descending, unique; the first of each is the full model's.
+        layers: tuples of kept layer indices, the first all of them, each shorter than or as long as the one before.
+        per_layer: whether `sample` draws heads and ffn anew for every layer.
+
+    >>> space = SearchSpace(hidden=(384, 192), heads=(12, 6), ffn=(1536, 768), layers=((0, 1, 2, 3), (0, 2)))
+    >>> str(space.max), str(space.min)
+    ('384/12/1536/4', '192/6/768/2')
+    """
+
+    hidden: tuple[int, ...]
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...]
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "heads", "ffn"):
+            value = getattr(self, name)
+            sizes = (value,) if is_int(value) else as_tuple(value)
+            if not sizes or any(not is_int(size) or size < 1 for size in sizes):
+                raise MLFSError(f"{name}={value!r}: expected positive integers")
+            if list(sizes) != sorted(set(sizes), reverse=True):
+                raise MLFSError(f"{name}={value!r}: expected unique sizes in descending order, largest first")
+            object.__setattr__(self, name, sizes)
+        choices = tuple(map(as_tuple, as_tuple(self.layers)))
+        if not all(choices) or any(not is_int(i) for kept in choices for i in kept):
+            raise MLFSError(f"layers={self.layers!r}: expected tuples of layer indices")
+        if not choices or len(set(choices)) != len(choices):
+            raise MLFSError(f"layers={self.layers!r}: expected at least one choice of kept layers, each once")
+        for kept in choices:
+            Subnet(1, 1, 1, kept)
+            if not set(kept) <= set(choices[0]):
+                raise MLFSError(f"layers: {kept} keeps layers that the first choice {choices[0]} does not have")
+        if [len(kept) for kept in choices] != sorted((len(kept) for kept in choices), reverse=True):
+            raise MLFSError(f"layers={self.layers!r}: expected the deepest choice first")
+        object.__setattr__(self, "layers", choices)
+
+    @property
+    def max(self) -> Subnet:
+        """The largest member: the whole model."""
+        return Subnet(self.hidden[0], self.heads[0], self.ffn[0], self.layers[0])
+
+    @property
+    def min(self) -> Subnet:
+        """The smallest member."""
+        return Subnet(self.hidden[-1], self.heads[-1], self.ffn[-1], self.layers[-1])
+
+    def sample(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
+        """A uniformly drawn member; of full depth unless `depths`."""
+
+        def draw(choices: tuple) -> Any:
+            return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+        layers = draw(self.layers) if depths else self.layers[0]
+        count = len(layers) if self.per_layer else 1
+        heads = tuple(draw(self.heads) for _ in range(count))
+        ffn = tuple(draw(self.ffn) for _ in range(count))
+        return Subnet(draw(self.hidden), heads, ffn, layers)
+
+    def sample_level(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
+        """A member that is as wide on every axis: the same relative place in each list of sizes, any depth as above.
+
+        Never the full model, unless there is nothing else.
+        """
+        lists = (self.hidden, self.heads, self.ffn)
+        most = max(len(choices) for choices in lists) - 1
+        kept = self.layers if depths else self.layers[:1]
+        pairs = [(level, layers) for level in range(most + 1) for layers in kept][1:] or [(0, kept[0])]
+        level, layers = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
+        hidden, heads, ffn = (choices[round(level / max(most, 1) * (len(choices) - 1))] for choices in lists)
+        return Subnet(hidden, heads, ffn, layers)
+
+    def __contains__(self, subnet: object) -> bool:
+        return isinstance(subnet, Subnet) and not self._misfit(subnet)
+
+    def check(self, subnet: Subnet) -> None:
+        """MLFSError, naming the axis and the sizes on offer, unless `subnet` is a member."""
+        if misfit := self._misfit(subnet):
+            raise MLFSError(f"subnet {subnet} is outside the space: {misfit}")
+
+    def uniform(self) -> Iterator[Subnet]:
+        """Every member whose layers are alike, largest sizes first."""
+        for layers, hidden, heads, ffn in itertools.product(self.layers, self.hidden, self.heads, self.ffn):
+            yield Subnet(hidden, heads, ffn, layers)
+
+    def palette(self) -> dict[str, Subnet]:
+        """The members every evaluation shows: max, min, and two between (one narrower, one also shallower)."""
+
+        def middle(choices: tuple) -> Any:
+            return choices[len(choices) // 2] if len(choices) > 2 else choices[-1]
+
+        wide = Subnet(self.hidden[0], middle(self.heads), middle(self.ffn), self.layers[0])
+        medium = Subnet(middle(self.hidden), middle(self.heads), middle(self.ffn), middle(self.layers))
+        named = {"max": self.max, "medium-wide": wide, "medium": medium, "min": self.min}
+        return {name: s for name, s in named.items() if name in ("max", "min") or s not in (self.max, self.min)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        value: dict[str, Any] = {name: list(getattr(self, name)) for name in ("hidden", "heads", "ffn")}
+        return value | {"layers": [list(kept) for kept in self.layers], "per_layer": self.per_layer}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "SearchSpace":
+        """The inverse of `to_dict`; `layers` may also hold counts, which become evenly spaced layers."""
+        names = {"hidden", "heads", "ffn", "layers"}
+        if not isinstance(value, dict) or not names <= set(value) <= names | {"per_layer"}:
+            raise MLFSError(f"a search space needs the keys {sorted(names)} (and may have per_layer), got {value!r}")
+        layers = as_tuple(value["layers"])
+        if layers and all(is_int(count) for count in layers):
+            layers = tuple(evenly_spaced(layers[0], count) for count in layers)
+        elif not layers or not all(isinstance(kept, (list, tuple)) for kept in layers):
+            raise MLFSError(f"layers={value['layers']!r}: expected lists of layer indices, or all counts of layers")
+        return cls(
+            **{name: value[name] for name in ("hidden", "heads", "ffn")},
+            layers=layers,
+            per_layer=bool(value.get("per_layer", False)),
+        )
+
+    def with_per_layer(self, per_layer: bool = True) -> "SearchSpace":
+        """The same sizes, sampled per layer or not."""
+        return replace(self, per_layer=per_layer)
+
+    def _misfit(self, subnet: Subnet) -> str:
+        if subnet.hidden not in self.hidden:
+            return f"hidden={subnet.hidden} is not one of {self.hidden}"
+        for axis in ("heads", "ffn"):
+            odd = set(subnet.per_layer(axis)) - set(getattr(self, axis))
+            if odd:
+                return f"{axis}={min(odd)} is not one of {getattr(self, axis)}"
+        if subnet.layers not in self.layers:
+            return f"layers={subnet.layers} is not one of {self.layers}"
+        return ""
+
+
+def evenly_spaced(layers: int, kept: int) -> tuple[int, ...]:
+    """`kept` of `layers` indices, evenly spread, first included.
+
+    >>> evenly_spaced(6, 3), evenly_spaced(12, 8)
+    ((0, 2, 4), (0, 1, 3, 4, 6, 7, 9, 10))
+    """
+    if not 1 <= kept <= layers:
+        raise MLFSError(f"cannot keep {kept} of {layers} layers")
+    return tuple(i * layers // kept for i in range(kept))

@@ -1,0 +1,102 @@
+"""`Subnet`, the one value that says what runs."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlfs.errors import MLFSError
+
+PerLayer = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A choice of sizes: immutable, hashable, and the same after a round trip through JSON.
+
+    Attributes:
+        hidden: width of the residual stream.
+        heads: query heads, one number for all kept layers or one per kept layer.
+        ffn: feed-forward units, likewise.
+        layers: indices of the kept layers, ascending.
+
+    >>> Subnet(hidden=256, heads=(8, 8), ffn=(1024, 512), layers=(0, 2))
+    Subnet(hidden=256, heads=8, ffn=(1024, 512), layers=(0, 2))
+    >>> Subnet.from_json('{"hidden": 256, "heads": 8, "ffn": 1024, "layers": [0, 2]}').layers
+    (0, 2)
+    """
+
+    hidden: int
+    heads: PerLayer
+    ffn: PerLayer
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        layers = as_tuple(self.layers)
+        if not layers or any(not is_int(i) or i < 0 for i in layers) or sorted(set(layers)) != list(layers):
+            raise MLFSError(f"layers={self.layers!r}: expected ascending, unique indices of at least one kept layer")
+        object.__setattr__(self, "layers", layers)
+        if not is_int(self.hidden) or self.hidden < 1:
+            raise MLFSError(f"hidden={self.hidden!r}: expected a positive integer")
+        for name in ("heads", "ffn"):
+            value = getattr(self, name)
+            sizes = (value,) if is_int(value) else as_tuple(value)
+            if not sizes or any(not is_int(size) or size < 1 for size in sizes):
+                raise MLFSError(f"{name}={value!r}: expected a positive integer, or one per kept layer")
+            if len(sizes) not in (1, len(layers)):
+                raise MLFSError(f"{name} has {len(sizes)} sizes for {len(layers)} kept layers: give one, or one each")
+            object.__setattr__(self, name, sizes[0] if len(set(sizes)) == 1 else sizes)
+
+    def per_layer(self, axis: str) -> tuple[int, ...]:
+        """The sizes of axis "heads" or "ffn", one per kept layer."""
+        value: PerLayer = getattr(self, axis)
+        return (value,) * len(self.layers) if isinstance(value, int) else value
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every kept layer has the same sizes."""
+        return isinstance(self.heads, int) and isinstance(self.ffn, int)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Subnet":
+        """The subnet a dictionary describes; MLFSError where a key is missing, unknown or malformed."""
+        names = {"hidden", "heads", "ffn", "layers"}
+        if not isinstance(value, dict) or set(value) != names:
+            raise MLFSError(f"a subnet needs exactly the keys {sorted(names)}, got {value!r}")
+        if not isinstance(value["layers"], (list, tuple)):
+            raise MLFSError(f"layers={value['layers']!r}: expected a list of kept layer indices")
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Subnet":
+        """The inverse of `to_json`."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise MLFSError(f"not a subnet in JSON: {text!r} ({error}); expected e.g. {_EXAMPLE}") from None
+
+    def __str__(self) -> str:
+        def show(value: PerLayer) -> str:
+            return str(value) if isinstance(value, int) else "(" + ",".join(map(str, value)) + ")"
+
+        return f"{self.hidden}/{show(self.heads)}/{show(self.ffn)}/{len(self.layers)}"
+
+
+_EXAMPLE = '{"hidden": 256, "heads": 8, "ffn": 1024, "layers": [0, 2, 4]}'
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_tuple(value: object) -> tuple:
+    """A list, tuple or range as a tuple; anything else as the empty one, which every check refuses."""
+    return tuple(value) if isinstance(value, (list, tuple, range)) else ()

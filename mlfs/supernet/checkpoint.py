@@ -1,0 +1,201 @@
+"""What a super-transformer leaves on disk: tensors in one safetensors file, everything else in `mlfs.json`.
+
+`mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
+one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
+
+Format 2 keeps the permutation as int32 tensors; format 1, which had it in the JSON, is still read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlfs.errors import MLFSError
+from mlfs.files import hash_file, temporary_file, write_json
+from mlfs.supernet.fingerprint import Fingerprint
+from mlfs.supernet.permutation import Permutation
+
+CONFIG_NAME = "mlfs.json"
+FORMAT = 2
+_PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
+_FIELDS = {"format", "base", "architecture", "space", "rank", "stages", "alpha", "trained_stages", "owned", "config",
+           "tensors", "checksum"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A super-transformer as plain values: all but its base.
+
+    Attributes:
+        base_name, revision, fingerprint: of the base. architecture: its class. config: its configuration.
+        space: as `SearchSpace.to_dict` gives it. rank, stages, alpha: of the low-rank stages.
+        trained_stages: how many stages have ever trained.
+        owned: names of the modules whose own weights the run owns. parameters: what the run owns, by the model's names.
+        permutation: of the units, against the base.
+    """
+
+    base_name: str | None
+    revision: str | None
+    fingerprint: Fingerprint
+    architecture: str
+    config: dict[str, Any]
+    space: dict[str, Any]
+    rank: int
+    stages: int
+    alpha: float
+    trained_stages: int
+    owned: list[str]
+    permutation: Permutation
+    parameters: Mapping[str, Tensor]
+
+
+def write_state(state: SavedState, path: Path) -> None:
+    """Writes `state` to the folder `path`; see the module for what an interruption leaves.
+
+    Raises:
+        MLFSError: `path` is a file, or cannot be written.
+    """
+    if path.is_file():
+        raise MLFSError(f"{path} is a file: give a folder to save to")
+    tensors = {name: p.detach().contiguous().cpu() for name, p in state.parameters.items()}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "base": {"name": state.base_name, "revision": state.revision, "fingerprint": state.fingerprint},
+        "architecture": state.architecture,
+        "space": state.space,
+        "rank": state.rank,
+        "stages": state.stages,
+        "alpha": state.alpha,
+        "trained_stages": state.trained_stages,
+        "owned": state.owned,
+        "config": state.config,
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with temporary_file(path, ".safetensors") as temporary:
+            save_file(tensors | _permutation_tensors(state.permutation), temporary, metadata={"format": "pt"})
+            digest = hash_file(temporary)
+            name = f"stages-{digest[:8]}.safetensors"
+            os.replace(temporary, path / name)
+        values["tensors"] = {"file": name, "sha256": digest}
+        values["checksum"] = _checksum(values)
+        write_json(path / CONFIG_NAME, values)
+    except (OSError, SafetensorError) as error:
+        raise MLFSError(
+            f"could not save to {path}: {error}; what was saved there before is whole. "
+            "Free some disk space, or save elsewhere"
+        ) from error
+    # The state before this one, and what saves that were cut off left behind.
+    for stale in (p for begin in ("stages-????????", ".tmp-*") for p in path.glob(f"{begin}.safetensors")):
+        if stale.name != name:
+            stale.unlink(missing_ok=True)
+
+
+def read_state(path: Path) -> SavedState:
+    """Reads and checks what `write_state` wrote; MLFSError where the folder holds no whole run."""
+    values = read_values(path)
+    tensors = _read_tensors(path, values)
+    if values["format"] == 1:
+        permutation = _permutation_of_json(values["permutation"])
+    else:
+        names = [name for name in tensors if name.startswith(_PERMUTATION)]
+        permutation = _permutation_of_tensors({name: tensors.pop(name) for name in names})
+    base = values["base"]
+    copied = {name: values[name] for name in ("architecture", "config", "space", "rank", "stages", "alpha", "owned")}
+    return SavedState(
+        base_name=base["name"],
+        revision=base["revision"],
+        fingerprint=base["fingerprint"],
+        trained_stages=values["trained_stages"],
+        permutation=permutation,
+        parameters=tensors,
+        **copied,
+    )
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Reads and checks `mlfs.json`, without the tensors it names; MLFSError where the folder holds no whole run."""
+    if not path.is_dir():
+        raise MLFSError(f"run folder {path} does not exist: give the folder that training or save_pretrained wrote")
+    if not (path / CONFIG_NAME).exists():
+        raise MLFSError(
+            f"{path} has no {CONFIG_NAME}: it is no run folder, or its run was cut off before its first save"
+        )
+    values = _read_json(path)
+    form = values.get("format")
+    needed = _FIELDS if form != 1 else _FIELDS - {"trained_stages"} | {"live_stages", "permutation"}
+    if missing := needed - set(values):
+        raise MLFSError(f"{path / CONFIG_NAME} lacks {sorted(missing)}: it is damaged; restore it or train anew")
+    if form not in (1, FORMAT):
+        raise MLFSError(f"{path} has format {form}, this version reads 1 to {FORMAT}: use the version that wrote it")
+    if values.pop("checksum") != _checksum(values):
+        raise MLFSError(f"{path / CONFIG_NAME} is not what was saved: it is damaged or was changed by hand; restore it")
+    if form == 1:
+        values["trained_stages"] = values.pop("live_stages")
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MLFSError(
+            f"{path / CONFIG_NAME} cannot be read ({error}): it is damaged; restore it or train anew"
+        ) from None
+    if not isinstance(values, dict):
+        raise MLFSError(f"{path / CONFIG_NAME} holds no JSON object: it is damaged; restore it or train anew")
+    return values
+
+
+def _read_tensors(path: Path, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    name = values["tensors"]["file"]
+    if Path(name).name != name or not (path / name).is_file():
+        raise MLFSError(f"{path} lacks its tensors {name!r}: the folder is half-copied; copy it anew")
+    if hash_file(path / name) != values["tensors"]["sha256"]:
+        raise MLFSError(
+            f"{path / name} is not what was saved (its SHA-256 differs): it is damaged or was tampered with"
+        )
+    try:
+        return load_file(path / name)
+    except SafetensorError as error:
+        raise MLFSError(f"{path / name} cannot be read: {error}") from None
+
+
+def _permutation_tensors(permutation: Permutation) -> dict[str, Tensor]:
+    """Names each order `permutation.hidden`, `permutation.heads.3`, ...: (units,) int32."""
+    return {
+        _PERMUTATION + (axis if layer is None else f"{axis}.{layer}"): torch.tensor(order, dtype=torch.int32)
+        for (axis, layer), order in permutation.items()
+    }
+
+
+def _permutation_of_tensors(tensors: Mapping[str, Tensor]) -> Permutation:
+    found: Permutation = {}
+    for name, order in tensors.items():
+        axis, _, layer = name.removeprefix(_PERMUTATION).partition(".")
+        found[axis, int(layer) if layer else None] = order.tolist()
+    return found
+
+
+def _permutation_of_json(value: Mapping[str, Any]) -> Permutation:
+    """Reads the permutation of format 1: {"hidden": [...], "heads": {"0": [...], ...}, ...}."""
+    found: Permutation = {}
+    for axis, orders in value.items():
+        for layer, order in orders.items() if isinstance(orders, dict) else [(None, orders)]:
+            found[axis, None if layer is None else int(layer)] = list(order)
+    return found
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """Hashes what the JSON file says, however it is laid out: SHA-256, in hex digits."""
+    plain = json.loads(json.dumps(values))  # whose keys are all strings
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""Counts the parameters that a subnet uses."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from mlfs.elastic.base import Elastic
+from mlfs.elastic.linear import ElasticLinear
+from mlfs.space.dimensions import LayerSizes
+
+
+def count_parameters(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
+    """Returns the number of parameters of the extracted subnet, each tied one once.
+
+    Args:
+        layers_name: the name in `model` of its list of layers; layers that `sizes` leaves out are not counted.
+    """
+    total, seen = 0, set()
+    for parameter, used in _used_numbers(model, layers_name, sizes):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            total += used
+    return total
+
+
+def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
+    """Returns the number of parameters that train now and that a subnet uses: the n_j of gradient scaling."""
+    total = sum(used for parameter, used in _used_numbers(model, layers_name, sizes) if parameter.requires_grad)
+    for module in model.modules():
+        if isinstance(module, ElasticLinear):
+            columns, rows = module.read_sizes(sizes)
+            if columns and rows:
+                total += sum(a.shape[0] * (columns + rows) for a in module.lora_A if a.requires_grad)
+    return total
+
+
+def _used_numbers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> Iterator[tuple[Tensor, int]]:
+    """Yields (base parameter, how many of its numbers `sizes` uses)."""
+    dropped = tuple(f"{layers_name}.{i}." for i in range(sizes.count) if not sizes.keeps(i))
+    for name, module in model.named_modules():
+        if name.startswith(dropped):
+            continue
+        if isinstance(module, ElasticLinear):
+            columns, rows = module.read_sizes(sizes)
+            yield module.weight, rows * columns
+            if module.bias is not None:
+                yield module.bias, rows
+        elif isinstance(module, Elastic):
+            (part,) = module.axes().outputs
+            width = part.size(sizes)
+            yield module.weight, module.weight.numel() // module.weight.shape[-1] * width
+            if module.bias is not None:
+                yield module.bias, width
+        elif not isinstance(module, nn.ParameterList):
+            yield from ((p, p.numel()) for p in module._parameters.values() if p is not None)

@@ -1,0 +1,50 @@
+"""Takes a subnet out of an elastic model as a plain transformers model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mlfs.elastic.base import Elastic
+from mlfs.models.configuration import small_config
+from mlfs.models.families.spec import Family
+from mlfs.models.follow import settle
+from mlfs.space.dimensions import Dimensions, LayerSizes
+
+
+@torch.no_grad()
+def extract(
+    model: PreTrainedModel, layers_name: str, sizes: LayerSizes, family: Family, dims: Dimensions
+) -> PreTrainedModel:
+    """Makes a model of the same class with only the weights that `sizes` keeps, the stages merged into them.
+
+    Args:
+        model: the elastic one; it stays as it is. layers_name: the name in it of its list of layers.
+    """
+    subnet, layers = sizes.subnet, model.get_submodule(layers_name)
+    assert isinstance(layers, nn.ModuleList)
+    # deepcopy keeps every reference inside the model right; the memo puts smaller modules where elastic ones stand.
+    memo: dict[int, Any] = {id(model.config): small_config(model.config, subnet, family, dims)}
+    dropped = tuple(f"{layers_name}.{i}." for i in range(dims.layers) if i not in subnet.layers)
+    for name, module in model.named_modules():
+        if isinstance(module, Elastic) and not name.startswith(dropped):
+            memo[id(module)] = module.extract(sizes)
+    kept = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in subnet.layers)
+    memo[id(layers)] = kept
+    small = copy.deepcopy(model, memo)
+    for module in small.modules():
+        settle(module, sizes)
+    for i, layer in enumerate(kept):
+        for module in layer.modules():
+            if "layer_idx" in module.__dict__:
+                module.layer_idx = i  # type: ignore[assignment]
+    if any(getattr(module, "gradient_checkpointing", False) for module in small.modules()):
+        # transformers before 5.21 has only the older name
+        getattr(small, "activation_checkpointing_disable", small.gradient_checkpointing_disable)()
+    for name in ("forward", "_original_forward"):  # an autocast wrapper that accelerate put on the instance
+        small.__dict__.pop(name, None)
+    small.tie_weights()
+    small.requires_grad_(True)
+    return small

@@ -1,0 +1,129 @@
+"""Scores heads, feed-forward units and the residual stream by importance, so that leading slices keep what matters.
+
+Scores, per unit u:
+
+    magnitude   Σ w² over the weights that read or write u                     (needs no data)
+    activation  Σ_batches ‖x_u‖ · ‖W[:, u]‖ over the projections that read u   (Wanda, arXiv 2306.11695)
+    gradient    Σ_sequences |Σ_tokens x_u · ∂L/∂x_u| over the same             (Michel et al., arXiv 1905.10650)
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mlfs.elastic.linear import ElasticLinear
+from mlfs.errors import MLFSError
+from mlfs.space.dimensions import AxisSize, Dimensions
+from mlfs.supernet.permutation import UnitAxis, is_shared_head, numbers_per_unit, unit_axis
+
+Method = Literal["magnitude", "activation", "gradient"]
+Scores = dict[UnitAxis, Tensor]
+
+
+def importance(
+    model: PreTrainedModel, dims: Dimensions, method: Method, batches: Iterable[Mapping[str, Any]] | None = None
+) -> Scores:
+    """Scores every unit of an elastic model, float64: (hidden,), per layer (groups of heads,) and (ffn,).
+
+    Args:
+        model: runs under the subnet that is active; all units are scored only under the whole model.
+        method: see the module. batches: keyword arguments of the model, with labels for "gradient".
+
+    Raises:
+        MLFSError: an unknown method, or batches that are missing, empty or without labels.
+    """
+    if method == "magnitude":
+        return _squared_weights(model, dims)
+    if method not in ("activation", "gradient"):
+        raise MLFSError(f"method={method!r}: expected 'magnitude', 'activation' or 'gradient'")
+    if batches is None:
+        raise MLFSError(f"method={method!r} needs batches to score on; give some, or use method='magnitude'")
+    scores: Scores = {}
+    was_training, seen = model.training, 0
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    model.zero_grad(set_to_none=True)  # else the ones that are there would be added to, in place
+    try:
+        with _scoring_inputs(model, dims, method, scores):
+            for batch in tqdm(batches, desc=f"importance ({method})", leave=False):
+                seen += 1
+                inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                with torch.set_grad_enabled(method == "gradient"):
+                    loss = model(**inputs).loss
+                if method == "gradient":
+                    if loss is None:
+                        raise MLFSError("the gradient score needs labels in the batches")
+                    loss.backward()
+                    model.zero_grad(set_to_none=True)
+    finally:
+        model.train(was_training)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if not seen:
+        raise MLFSError("no batch to score importance on: the calibration data is empty")
+    return scores
+
+
+def _squared_weights(model: PreTrainedModel, dims: Dimensions) -> Scores:
+    """Sums the squares of the weights that read or write each unit."""
+    scores: Scores = {}
+    for module in model.modules():
+        if isinstance(module, ElasticLinear):
+            squares, axes = module.merged_weight().double().pow(2), module.axes()
+            for part in axes.outputs:
+                _add_numbers(scores, part.size, squares[part.start : part.stop].sum(1), dims)
+            if axes.input:
+                _add_numbers(scores, axes.input, squares.sum(0), dims)
+    return scores
+
+
+@contextmanager
+def _scoring_inputs(model: PreTrainedModel, dims: Dimensions, method: Method, scores: Scores) -> Iterator[None]:
+    """Adds to `scores` at every projection's input while the block runs."""
+    handles = []
+
+    def score_input(module: ElasticLinear, args: tuple[Any, ...]) -> None:
+        x, size = args[0], module.axes().input
+        assert size is not None
+        if method == "activation":
+            norms = x.detach().double().flatten(0, -2).norm(dim=0) * module.merged_weight().double().norm(dim=0)
+            _add_numbers(scores, size, norms, dims)
+        elif x.requires_grad:
+            values = x.detach()
+
+            def collect(grad: Tensor) -> None:
+                effect = (values * grad).double()  # (sequences, tokens, width), or (sequences, width)
+                if values.dim() > 2:
+                    effect = effect.flatten(1, -2).sum(1)
+                per_unit = effect.view(effect.shape[0], -1, numbers_per_unit(size, dims)).sum(-1)
+                _add_units(scores, size, per_unit.abs().sum(0))
+
+            x.register_hook(collect)
+
+    for module in model.modules():
+        if isinstance(module, ElasticLinear) and module.axes().input:
+            handles.append(module.register_forward_pre_hook(score_input))
+    if method == "gradient":  # frozen embeddings give nothing to differentiate
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_numbers(scores: Scores, size: AxisSize, values: Tensor, dims: Dimensions) -> None:
+    """Adds the scores of single numbers, summed per unit; one shared key-value head is never ranked."""
+    if not is_shared_head(size, dims):
+        _add_units(scores, size, values.detach().double().view(-1, numbers_per_unit(size, dims)).sum(1))
+
+
+def _add_units(scores: Scores, size: AxisSize, units: Tensor) -> None:
+    axis = unit_axis(size)
+    scores[axis] = scores[axis] + units.cpu() if axis in scores else units.cpu()

@@ -1,0 +1,131 @@
+"""`MLFSArguments`: transformers' TrainingArguments plus what the method adds."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mlfs.errors import MLFSError
+
+
+def _option(default: Any, text: str) -> Any:
+    make = (lambda: list(default)) if isinstance(default, list) else (lambda: default)
+    return field(default_factory=make, metadata={"help": text})
+
+
+@dataclass
+class MLFSArguments(TrainingArguments):
+    """All of `transformers.TrainingArguments`, and the method's own options.
+
+    A list "per stage" has one value for every stage in `stages`, or a single one for all.
+    """
+
+    learning_rate: float = _option(1e-3, "Learning rate of the optimizer; low-rank updates take a higher one than W.")
+    stages_to_train: list[int] = _option(
+        [0, 1, 2], "Stages to train, in order: 0 fine-tunes the full model, 1 adds widths, 2 adds depths."
+    )
+    stage_epochs: list[float] = _option([], "Epochs per stage (fractions count). Default: num_train_epochs each.")
+    stage_steps: list[int] = _option([], "Optimizer steps per stage; overrides stage_epochs.")
+    stage_learning_rates: list[float] = _option([], "Learning rate per stage. Default: learning_rate for each.")
+    dropout_stages: list[int] = _option(
+        [0], "Stages that train with the model's dropout. Subnets have less to spare: 1 and 2 do better without."
+    )
+    rank: int = _option(8, "Rank of the low-rank stages.")
+    lora_alpha: float = _option(16.0, "An update is scaled by lora_alpha / rank.")
+    subnets_per_step: int = _option(4, "Subnets K that see each batch in stages 1 and 2; the first is the full model.")
+    subnet_sampling: str = _option(
+        "sandwich",
+        "The other K - 1: 'sandwich' (the narrowest at a random depth, then by turns one that is as wide on every axis "
+        "and one drawn axis by axis) or 'random' (each drawn axis by axis).",
+    )
+    subnet_execution: str = _option(
+        "sequential",
+        "How the subnets of an iteration run: 'sequential', one after the other, or 'lockstep', all through each layer "
+        "together (the same gradients; K times the activations; for GPUs).",
+    )
+    gamma: float = _option(
+        0.5, "Gradient scaling: a subnet with n_j of maxnet's n_1 parameters weighs (n_1/n_j)^gamma."
+    )
+    gamma_normalization: str = _option(
+        "weights", "Divide the weighted sum of losses by the sum of 'weights', by 'count' (K), or by 'none'."
+    )
+    distill_alpha: float = _option(0.9, "Share of the KL divergence from maxnet in a subnet's loss, 0 to 1.")
+    distill_beta: list[float] = _option([0.1], "Weight of the hidden-state distance: one, or one per maxnet layer.")
+    temperature: float = _option(1.0, "Temperature of the KL divergence.")
+    projection_size: int = _option(64, "Numbers that hidden states are projected to before they are compared.")
+    projection: str = _option(
+        "fixed", "Projections: 'fixed' (random, orthonormal) or 'learned' (trained along with the stage)."
+    )
+    fused_head_loss: bool = _option(
+        True,
+        "Compute a language model's loss from what goes into its head, some rows at a time, instead of from logits of "
+        "the whole batch. Not used with a loss of your own, or torch_compile.",
+    )
+    train_head: bool = _option(True, "Whether a new task head (classifier and the like) trains, in every stage.")
+    train_norms: bool = _option(False, "Whether the weights of the norms train too.")
+    order: str = _option(
+        "gradient",
+        "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'.",
+    )
+    order_batches: int = _option(30, "Training batches the ranking is computed from.")
+    merge_stages: bool = _option(
+        True, "Merge frozen earlier stages into an fp32 copy of the base while a later one trains."
+    )
+    overwrite_run: bool = _option(False, "Start anew in an output_dir that holds a run: its stages are deleted.")
+    palette: str | None = _option(
+        None, "JSON object of name: subnet, shown at each evaluation. Default: max, min and two between."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinning is for GPUs, and warns without one
+        stages = self.stages_to_train
+        if not stages or sorted(set(stages)) != list(stages) or not set(stages) <= {0, 1, 2}:
+            raise MLFSError(f"stages_to_train={stages}: expected ascending stages out of 0, 1, 2")
+        for name in ("stage_epochs", "stage_steps", "stage_learning_rates"):
+            values = getattr(self, name)
+            if len(values) not in (0, 1, len(stages)):
+                raise MLFSError(f"{name}={values}: expected one value, or one for each of the stages {stages}")
+            if any(value <= 0 for value in values):
+                raise MLFSError(f"{name}={values}: expected positive values")
+        for name, least, most in (
+            ("rank", 1, None),
+            ("subnets_per_step", 1, None),
+            ("gamma", 0, None),
+            ("distill_alpha", 0, 1),
+            ("projection_size", 1, None),
+            ("order_batches", 1, None),
+        ):
+            value = getattr(self, name)
+            if value < least or (most is not None and value > most):
+                raise MLFSError(
+                    f"{name}={value}: expected {least} to {most}" if most else f"{name}={value}: expected >= {least}"
+                )
+        if self.temperature <= 0:
+            raise MLFSError(f"temperature={self.temperature}: expected a positive number")
+        for name, choices in (
+            ("subnet_sampling", ("sandwich", "random")),
+            ("subnet_execution", ("sequential", "lockstep")),
+            ("gamma_normalization", ("weights", "count", "none")),
+            ("projection", ("fixed", "learned")),
+            ("order", ("gradient", "activation", "magnitude", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise MLFSError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if self.palette is not None:
+            try:
+                named = json.loads(self.palette)
+            except ValueError as error:
+                raise MLFSError(f"palette is not JSON ({error}): expected an object of name: subnet") from None
+            if not isinstance(named, dict) or not named:
+                raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
+
+    def of_stage(self, name: str, stage: int, default: Any) -> Any:
+        """The value of a per-stage list for `stage`."""
+        values = getattr(self, name)
+        if not values:
+            return default
+        return values[0] if len(values) == 1 else values[self.stages_to_train.index(stage)]

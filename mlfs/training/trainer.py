@@ -1,0 +1,277 @@
+"""`MLFSTrainer`: the three stages of MLFS (arXiv 2404.01353) as a transformers Trainer.
+
+`train()` runs one ordinary Trainer run per stage, each with its own optimizer and schedule, in `output_dir/stage-S`:
+checkpoints while it runs, the saved super-transformer once it is done. `output_dir` itself holds the newest one done.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
+
+from mlfs.errors import MLFSError
+from mlfs.files import write_json
+from mlfs.space.search_space import SearchSpace
+from mlfs.space.subnet import Subnet
+from mlfs.supernet.model import SuperTransformer
+from mlfs.supernet.permutation import permutation_of
+from mlfs.training.arguments import MLFSArguments
+from mlfs.training.runs import is_saved, is_whole, last_checkpoint
+from mlfs.training.step import SubnetTrainer
+
+logger = logging.get_logger("transformers.mlfs")
+_DISTILLER = "projections.safetensors"
+
+
+class MLFSTrainer(SubnetTrainer):
+    """Trains a super-transformer; everything a `transformers.Trainer` takes and does.
+
+    Args:
+        model: a `SuperTransformer`, or a transformers model to make one of (with `space` and the rank of `args`).
+        args: the options.
+        space: the sizes on offer, if `model` is not a SuperTransformer yet.
+        **kwargs: of `transformers.Trainer`; `optimizers` and `model_init` are not taken, each stage makes its own.
+
+    Raises:
+        MLFSError: options that do not fit together or the model.
+    """
+
+    args: MLFSArguments
+
+    def __init__(
+        self,
+        model: SuperTransformer | PreTrainedModel,
+        args: MLFSArguments | None = None,
+        space: SearchSpace | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = MLFSArguments() if args is None else args
+        for name in ("optimizers", "model_init"):
+            if kwargs.get(name) not in (None, (None, None)):
+                raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
+        if args.n_gpu > 1:
+            raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
+        if not isinstance(model, SuperTransformer):
+            model = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
+        if max(args.stages_to_train) >= model.stages:
+            raise MLFSError(
+                f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
+            )
+        super().__init__(model, args, **kwargs)
+        self._step_offset = 0  # optimizer steps of the stages before
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.args.output_dir or ".")
+
+    # ---- the stages ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """Runs the stages of `args.stages_to_train`.
+
+        Args:
+            resume_from_checkpoint: True goes on in `output_dir` from the last whole checkpoint, or from the start if
+                there is none; a path names the run folder, or one checkpoint in it.
+        """
+        run, checkpoint = self._resume_point(resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            self._make_room()
+        settings = {name: getattr(self.args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
+        history: list[dict[str, Any]] = []
+        metrics: dict[str, float] = {}
+        output, self._step_offset = TrainOutput(0, 0.0, {}), 0
+        try:
+            for stage in self.args.stages_to_train:
+                self.stage = stage
+                folder = self._stage_folder(run)
+                if resume_from_checkpoint and (checkpoint is None or checkpoint.parent != folder) and is_saved(folder):
+                    self.supernet.restore(folder)
+                    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                    history += state["log_history"]
+                    self._step_offset += state["global_step"]
+                    continue
+                here = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
+                self._enter_stage(settings, fresh=here is None)
+                output = super().train(resume_from_checkpoint=str(here) if here else None, **kwargs)
+                self._leave_stage()
+                history += self.state.log_history
+                metrics |= {f"stage_{stage}_{key}": value for key, value in output.metrics.items()}
+                self._step_offset += self.state.global_step
+        finally:
+            for name, value in settings.items():
+                setattr(self.args, name, value)
+            self.supernet.merge_stages(0)
+        self.state.log_history = history
+        if self.args.should_save:
+            write_json(self.run_folder / "log_history.json", history)
+        return TrainOutput(self._step_offset, output.training_loss, metrics)
+
+    def _enter_stage(self, settings: Mapping[str, Any], fresh: bool) -> None:
+        args, stage = self.args, self.stage
+        args.learning_rate = args.of_stage("stage_learning_rates", stage, settings["learning_rate"])
+        args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
+        steps = args.of_stage("stage_steps", stage, None)
+        args.max_steps = int(steps) if steps else -1 if args.stage_epochs else settings["max_steps"]
+        # Seeded per stage, a stage runs the same whether the one before ran in this process or in an earlier one.
+        set_seed(args.seed + stage)
+        self.supernet.merge_stages(0)
+        self.supernet.train_stage(None)
+        if fresh and stage > 0 and args.order != "none" and not self.supernet.permutation:
+            self._order()
+        self.supernet.train_stage(stage, head=args.train_head, norms=args.train_norms)
+        self.supernet.merge_stages(stage if args.merge_stages else 0)
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.supernet.model
+        set_seed(args.seed + stage)
+
+    def _leave_stage(self) -> None:
+        # autocast and the like are put on `forward` by accelerate, once per run
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name in ("forward", "_is_accelerate_prepared"):  # the next stage is prepared anew
+            self.model.__dict__.pop(name, None)
+        self.supernet.merge_stages(0)
+        folder = self._stage_folder(self.run_folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        # the stage counts as done from here on: mlfs.json is written last
+        self.save_model(str(folder), _internal_call=True)
+        self.save_model(self.args.output_dir, _internal_call=True)
+        self.accelerator.wait_for_everyone()
+
+    def _order(self) -> None:
+        batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
+        prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
+        scores = self.supernet.importance(self.args.order, prepared)  # type: ignore[arg-type]
+        if self.accelerator.num_processes > 1:  # each process saw its own batches; all need one order
+            for key in sorted(scores, key=str):
+                total = scores[key].to(self.args.device)
+                dist.all_reduce(total)
+                scores[key] = total.cpu()
+        self.supernet.apply_permutation(permutation_of(scores))
+
+    # ---- optimizer and logs ---------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer over what trains in this stage, learned projections included."""
+        optimizer = super().create_optimizer(model)
+        projections = [p for p in self.distiller.parameters() if p.requires_grad]
+        if projections and self.stage > 0:
+            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the stage and the mean losses of maxnet, minnet and the rest; steps count on through the stages."""
+        if "loss" in logs:
+            for key, value in sorted(self._sums.items()):
+                logs[key] = (value / self._counts[key]).item()
+            self._sums, self._counts = {}, {}
+        if self.is_in_train:
+            logs["stage"] = self.stage
+        self.state.global_step += self._step_offset
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state.global_step -= self._step_offset
+
+    def subnets_to_evaluate(self) -> dict[str, Subnet]:
+        """The palette; while stage 0 trains, the full model."""
+        return {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _stage_folder(self, run: Path) -> Path:
+        return run / f"stage-{self.stage}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if trial is not None:
+            raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
+        return str(self._stage_folder(self.run_folder))
+
+    def _resume_point(self, resume: str | bool | None) -> tuple[Path, Path | None]:
+        """The run folder to go on in, and the newest whole checkpoint of its first unfinished stage."""
+        run = self.run_folder
+        if not resume:
+            return run, None
+        if isinstance(resume, str):
+            given = Path(resume)
+            if not given.is_dir():
+                raise MLFSError(
+                    f"resume_from_checkpoint={resume}: no such folder; give a run folder or a checkpoint in it"
+                )
+            if given.name.startswith(PREFIX_CHECKPOINT_DIR):
+                if not is_whole(given):
+                    raise MLFSError(
+                        f"checkpoint {given} is half-written: resume from the run folder, it finds a whole one"
+                    )
+                return given.parent.parent, given
+            run = given
+        for stage in self.args.stages_to_train:
+            folder = run / f"stage-{stage}"
+            if not is_saved(folder):
+                return run, last_checkpoint(folder)
+        return run, None
+
+    def _make_room(self) -> None:
+        """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
+        folders = [self.run_folder / f"stage-{stage}" for stage in self.args.stages_to_train]
+        taken = [folder for folder in folders if folder.exists()]
+        if taken and not self.args.overwrite_run:
+            raise MLFSError(
+                f"{self.run_folder} holds a run already ({taken[0].name}): go on with resume_from_checkpoint=True, "
+                "choose another output_dir, or delete it with overwrite_run=True"
+            )
+        self.accelerator.wait_for_everyone()  # all have looked before one deletes
+        if self.args.should_save:
+            for folder in taken:
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, MLFSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(folder.parent)
+            kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint of this stage exists"
+            raise MLFSError(f"could not save {folder}: {error}; {kept}. Free some disk space, then resume") from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        path = Path(output_dir or self.run_folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(p.requires_grad for p in self.distiller.parameters()):
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self.distiller.named_parameters()}, path / _DISTILLER
+            )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(path)
+        (path / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        self.supernet.save_pretrained(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint)
+        self.supernet.restore(path)
+        if (path / _DISTILLER).exists():
+            self.distiller.load_state_dict(load_file(path / _DISTILLER))
+        self.supernet.train_stage(self.stage, head=self.args.train_head, norms=self.args.train_norms)
+        self.supernet.merge_stages(self.stage if self.args.merge_stages else 0)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
+        self._load_from_checkpoint(str(best))

@@ -1,0 +1,641 @@
+"""What is left on disk: restored exactly, refused when it is not whole, and never half-written.
+
+Also the plain checkpoints of extracted models, loaded by a process that has no mlfs.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
+from mlfs.elastic.base import Elastic
+from tests.models import CASES, all_models, inputs, logits_of, make
+from tests.supernets import LAYERS, distance, elastic, perturb, space_of, subnets_of
+
+ROOT = Path(__file__).resolve().parents[2]
+every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
+every_family = pytest.mark.parametrize(("name", "suffix"), [(name, case.classes[0]) for name, case in CASES.items()])
+
+
+def logits(supernet: SuperTransformer, subnet: Subnet | None = None) -> torch.Tensor:
+    with torch.no_grad(), supernet.activate(subnet or supernet.space.max):
+        return logits_of(supernet(**inputs("left")))
+
+
+def tensors_file(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[SuperTransformer, Path]:
+    """A small BERT with trained stages, and the folder it is saved in."""
+    supernet = elastic("bert", "ForSequenceClassification")
+    supernet.order("magnitude")
+    supernet.save_pretrained(tmp_path / "run")
+    return supernet, tmp_path / "run"
+
+
+def load(path: Path) -> SuperTransformer:
+    return SuperTransformer.from_pretrained(path, model=make("bert", "ForSequenceClassification")).eval()
+
+
+@every_model
+def test_saved_and_loaded_it_gives_the_same_logits_bit_for_bit(name, suffix, tmp_path):
+    supernet = elastic(name, suffix)
+    supernet.order("magnitude")
+    supernet.train_stage(2, norms=name != "bert")
+    with torch.no_grad():
+        for parameter in supernet.own_parameters().values():
+            parameter += 0.01 * torch.randn_like(parameter)
+    supernet.save_pretrained(tmp_path)
+    twin = SuperTransformer.from_pretrained(tmp_path, model=make(name, suffix)).eval()
+    assert twin.space == supernet.space and twin.permutation == supernet.permutation
+    assert (twin.rank, twin.stages, twin.alpha) == (4, 3, 8.0)
+    ours, theirs = supernet.state_dict(), twin.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for subnet in subnets_of(name).values():
+        assert torch.equal(logits(twin, subnet), logits(supernet, subnet))
+    twin.save_pretrained(tmp_path / "again")
+    assert tensors_file(tmp_path / "again").read_bytes() == tensors_file(tmp_path).read_bytes()
+    assert (tmp_path / "again" / "mlfs.json").read_bytes() == (tmp_path / "mlfs.json").read_bytes()
+
+
+@every_family
+def test_restored_in_place_whatever_it_was_before(name, suffix, tmp_path):
+    supernet = elastic(name, suffix)
+    supernet.order("magnitude")
+    supernet.save_pretrained(tmp_path)
+    expected = {subnet: logits(supernet, subnet) for subnet in subnets_of(name).values()}
+    other = SuperTransformer(make(name, suffix), space_of(name, per_layer=True), rank=4, alpha=8.0).eval()
+    other.apply_permutation({("hidden", None): list(range(48))[::-1], ("ffn", 1): list(range(40))[::-1]})
+    other.merge_stages(1)
+    other.restore(tmp_path)
+    assert other.permutation == supernet.permutation
+    for subnet, right in expected.items():
+        assert distance(logits(other, subnet), right) < 1e-5
+    other.merge_stages(0)
+    for subnet, right in expected.items():
+        assert torch.equal(logits(other, subnet), right)
+
+
+def test_what_is_saved_is_the_stages_alone(saved):
+    supernet, folder = saved
+    stored = load_file(tensors_file(folder))
+    orders = {key: stored.pop(key) for key in list(stored) if key.startswith("permutation.")}
+    assert stored.keys() == supernet.own_parameters().keys()
+    assert {key for key in stored if "lora" not in key} == {"classifier.weight", "classifier.bias"}
+    state = json.loads((folder / "mlfs.json").read_text())
+    assert SearchSpace.from_dict(state["space"]) == supernet.space
+    assert (state["rank"], state["stages"], state["alpha"]) == (4, 3, 8.0)
+    assert orders["permutation.hidden"].tolist() == supernet.permutation["hidden", None]
+    assert orders["permutation.ffn.1"].tolist() == supernet.permutation["ffn", 1]
+    assert len(orders) == len(supernet.permutation) and {order.dtype for order in orders.values()} == {torch.int32}
+    assert state["base"]["name"] == supernet.base_name
+    assert {path.name for path in folder.iterdir()} == {"mlfs.json", state["tensors"]["file"]}
+
+
+def test_a_run_of_format_1_loads_as_it_was(saved):
+    """It had the permutation in the JSON, under "live_stages" how many stages had trained, and no other difference."""
+    supernet, folder = saved
+    path, state = tensors_file(folder), json.loads((folder / "mlfs.json").read_text())
+    stored = load_file(path)
+    permutation: dict = {}
+    for (axis, layer), order in supernet.permutation.items():
+        if layer is None:
+            permutation[axis] = order
+        else:
+            permutation.setdefault(axis, {})[str(layer)] = order
+    save_file({key: value for key, value in stored.items() if not key.startswith("permutation.")}, path)
+    state["tensors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    state |= {"format": 1, "permutation": permutation, "live_stages": state.pop("trained_stages")}
+    del state["checksum"]
+    state["checksum"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    (folder / "mlfs.json").write_text(json.dumps(state))
+    twin = load(folder)
+    assert twin.permutation == supernet.permutation and torch.equal(logits(twin), logits(supernet))
+    twin.save_pretrained(folder)
+    assert json.loads((folder / "mlfs.json").read_text())["format"] == 2
+    assert load(folder).permutation == supernet.permutation
+
+
+def test_bert_base_at_rank_eight_takes_sixteen_megabytes(tmp_path):
+    model = tf.BertForSequenceClassification(tf.BertConfig())  # whose defaults are bert-base's
+    assert 109e6 < sum(p.numel() for p in model.parameters()) < 110e6
+    SuperTransformer(model, rank=8, stages=3).save_pretrained(tmp_path)
+    assert 15e6 < sum(path.stat().st_size for path in tmp_path.iterdir()) < 18e6
+    assert (tmp_path / "mlfs.json").stat().st_size < 200e3
+
+
+def test_the_base_is_found_by_its_name(tmp_path):
+    model = make("llama", "ForSequenceClassification")
+    model.save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    supernet = perturb(SuperTransformer(base, space_of("llama"), rank=4)).eval()
+    supernet.save_pretrained(tmp_path / "run")
+    twin = SuperTransformer.from_pretrained(tmp_path / "run")
+    assert not twin.training
+    assert torch.equal(logits(twin), logits(supernet))
+    half = SuperTransformer.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert (logits(half).float() - logits(supernet)).norm() < 0.04 * logits(supernet).norm()
+
+
+def test_a_headless_base_gets_the_runs_head(tmp_path):
+    """As with bert-base-uncased, whose classifier is new: the run brings it."""
+    tf.BertModel(CASES["bert"].config()).save_pretrained(tmp_path / "base")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    supernet = perturb(SuperTransformer(model, space_of("bert"), rank=4)).eval()
+    torch.manual_seed(5)
+    supernet.save_pretrained(tmp_path / "run")
+    twin = SuperTransformer.from_pretrained(tmp_path / "run")
+    assert twin.config.num_labels == 5
+    assert torch.equal(logits(twin), logits(supernet))
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    supernet = elastic("llama-tied", "ForCausalLM")
+    supernet.order("magnitude")
+    supernet.save_pretrained(tmp_path)
+    twin = SuperTransformer.from_pretrained(tmp_path, model=make("llama-tied", "ForCausalLM"))
+    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
+    assert not any("embed" in key or "lm_head" in key for key in load_file(tensors_file(tmp_path)))
+
+
+def test_a_trained_norm_is_saved_and_the_base_still_recognised(tmp_path):
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space_of("bert"), rank=4).eval()
+    supernet.train_stage(1, norms=True)
+    with torch.no_grad():
+        supernet.get_submodule("model.bert.embeddings.LayerNorm").weight.mul_(1.5)
+    supernet.save_pretrained(tmp_path)
+    twin = load(tmp_path)
+    assert torch.equal(logits(twin), logits(supernet))
+
+
+def test_saving_while_stages_stages_are_merged_stays_right_saves_the_stages_and_no_fold(saved, tmp_path):
+    supernet, folder = saved
+    supernet.merge_stages(2)
+    supernet.save_pretrained(tmp_path / "merged")
+    assert tensors_file(tmp_path / "merged").read_bytes() == tensors_file(folder).read_bytes()
+    assert (tmp_path / "merged" / "mlfs.json").read_bytes() == (folder / "mlfs.json").read_bytes()
+
+
+def other_weight(model: tf.PreTrainedModel) -> None:
+    model.bert.encoder.layer[3].output.dense.weight.data[0, 0] += 1e-3
+
+
+def other_norm(model: tf.PreTrainedModel) -> None:
+    model.bert.embeddings.LayerNorm.bias.data[3] = 0.5
+
+
+@pytest.mark.parametrize("change", [other_weight, other_norm])
+def test_wrong_base_is_refused_and_named(saved, change):
+    _, folder = saved
+    model = make("bert", "ForSequenceClassification")
+    change(model)
+    message = r"the base is not the one .* was trained on .*1 of \d+ tensors differ, e\.g\. bert"
+    with pytest.raises(MLFSError, match=message) as raised:
+        SuperTransformer.from_pretrained(folder, model=model)
+    assert "\n" not in str(raised.value)
+    assert not any(isinstance(module, Elastic) for module in model.modules()), "a refused base is left as it was"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    supernet = SuperTransformer(model, space_of("bert", per_layer=True), rank=4, alpha=8.0)
+    before = {key: value.clone() for key, value in supernet.state_dict().items()}
+    with pytest.raises(MLFSError, match="the base is not the one"):
+        supernet.restore(folder)
+    assert all(torch.equal(before[key], value) for key, value in supernet.state_dict().items())
+
+
+def test_base_of_other_sizes_or_family_is_refused(saved):
+    _, folder = saved
+    config = CASES["bert"].config()
+    config.intermediate_size = 64
+    with pytest.raises(MLFSError, match="the base is not the one"):
+        SuperTransformer.from_pretrained(folder, model=tf.BertForSequenceClassification(config))
+    with pytest.raises(MLFSError, match="trained on a BertForSequenceClassification, the base given is a LlamaFor"):
+        SuperTransformer.from_pretrained(folder, model=make("llama", "ForSequenceClassification"))
+
+
+def test_base_with_parameters_more_is_refused(tmp_path):
+    elastic("llama", "ForCausalLM").save_pretrained(tmp_path)
+    config = CASES["llama"].config()
+    config.attention_bias = True
+    model = tf.LlamaForCausalLM(config)
+    model.load_state_dict(make("llama", "ForCausalLM").state_dict(), strict=False)
+    with pytest.raises(MLFSError, match=r"the base is not the one .*differ, e\.g\. model\.layers\.0\.self_attn.*bias"):
+        SuperTransformer.from_pretrained(tmp_path, model=model)
+    assert not any(isinstance(module, Elastic) for module in model.modules())
+
+
+def test_another_head_is_no_other_base_but_must_fit(saved):
+    """The head belongs to the run, so its values do not matter; its size does."""
+    supernet, folder = saved
+    model = make("bert", "ForSequenceClassification")
+    model.classifier.weight.data.zero_()
+    assert torch.equal(logits(SuperTransformer.from_pretrained(folder, model=model).eval()), logits(supernet))
+    config = CASES["bert"].config()
+    config.num_labels = 7
+    wide = tf.BertForSequenceClassification(config)
+    wide.bert.load_state_dict(make("bert", "ForSequenceClassification").bert.state_dict())
+    with pytest.raises(MLFSError, match=r"tensor classifier\.weight has shape \(2, 48\), the model has \(7, 48\)"):
+        SuperTransformer.from_pretrained(folder, model=wide)
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "mlfs.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = tensors_file(folder)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def other_tensors(folder: Path) -> None:
+    path = tensors_file(folder)
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
+
+
+def other_order(folder: Path) -> None:
+    path = tensors_file(folder)
+    save_file(load_file(path) | {"permutation.hidden": load_file(path)["permutation.hidden"].flip(0)}, path)
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder missing": (shutil.rmtree, "run folder .* does not exist: give the folder"),
+    "json missing": (lambda f: (f / "mlfs.json").unlink(), r"has no mlfs\.json: it is no run folder, or"),
+    "json empty": (lambda f: (f / "mlfs.json").write_text(""), r"mlfs\.json cannot be read .*it is damaged"),
+    "json cut": (lambda f: cut(f / "mlfs.json"), r"mlfs\.json cannot be read .*it is damaged"),
+    "json no text": (
+        lambda f: (f / "mlfs.json").write_bytes(b"\xff\xfe"),
+        r"mlfs\.json cannot be read .*it is damaged",
+    ),
+    "json no object": (lambda f: (f / "mlfs.json").write_text("[1]"), "holds no JSON object: it is damaged"),
+    "json lacks the space": (lambda f: edit(f, lambda s: s.pop("space")), r"lacks \['space'\]: it is damaged"),
+    "json lacks its checksum": (lambda f: edit(f, lambda s: s.pop("checksum")), r"lacks \['checksum'\]"),
+    "newer format": (lambda f: edit(f, lambda s: s.update(format=99)), "has format 99, this version reads 1 to 2"),
+    "other alpha": (lambda f: edit(f, lambda s: s.update(alpha=99.0)), r"mlfs\.json is not what was saved"),
+    "other rank": (lambda f: edit(f, lambda s: s.update(rank=2)), r"mlfs\.json is not what was saved"),
+    "other space": (lambda f: edit(f, lambda s: s["space"].update(ffn=[40])), r"mlfs\.json is not what was saved"),
+    "fewer trained stages": (
+        lambda f: edit(f, lambda s: s.update(trained_stages=1)),
+        r"mlfs\.json is not what was saved",
+    ),
+    "other file name": (
+        lambda f: edit(f, lambda s: s["tensors"].update(file="../x")),
+        r"mlfs\.json is not what was saved",
+    ),
+    "tensors missing": (lambda f: tensors_file(f).unlink(), "lacks its tensors 'stages-.*half-copied"),
+    "tensors cut": (lambda f: cut(tensors_file(f)), r"is not what was saved \(its SHA-256 differs\)"),
+    "tensors empty": (lambda f: tensors_file(f).write_bytes(b""), r"is not what was saved \(its SHA-256 differs\)"),
+    "a bit flipped": (flip_a_bit, r"is not what was saved \(its SHA-256 differs\)"),
+    "other order": (other_order, r"is not what was saved \(its SHA-256 differs\)"),
+    "other tensors": (other_tensors, r"is not what was saved \(its SHA-256 differs\)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_run_is_refused_in_one_line(saved, damage, message):
+    supernet, folder = saved
+    damage(folder)
+    for attempt in (lambda: load(folder), lambda: supernet.restore(folder)):
+        before = logits(supernet)
+        with pytest.raises(MLFSError, match=message) as raised:
+            attempt()
+        assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+        assert torch.equal(logits(supernet), before)
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MLFSError, match="does not exist"):
+        load(tmp_path / "file")
+    with pytest.raises(MLFSError, match="is a file: give a folder to save to"):
+        elastic("bert", "ForSequenceClassification").save_pretrained(tmp_path / "file")
+
+
+def test_json_laid_out_otherwise_is_the_same_run(saved):
+    supernet, folder = saved
+    edit(folder, lambda state: None)
+    assert torch.equal(logits(load(folder)), logits(supernet))
+
+
+@pytest.mark.parametrize("key", ["rank", "alpha", "space", "stages"])
+def test_run_of_another_shape_is_not_restored_into_this_one(saved, key):
+    _, folder = saved
+    options = {"rank": 4, "alpha": 8.0, "stages": 3} | {"rank": {"rank": 2}, "alpha": {"alpha": 4.0}}.get(key, {})
+    options |= {"stages": 2} if key == "stages" else {}
+    space = space_of("bert", per_layer=key != "space")
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space, **options)
+    with pytest.raises(MLFSError, match=f"was saved with another {key}: resume with the options of that run"):
+        supernet.restore(folder)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def die(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def second_call(action: Callable) -> Callable:
+    """`os.replace` that works once and then does `action`: the tensors are renamed, the JSON is not."""
+    calls: list[int] = []
+    replace = os.replace
+
+    def run(*args: object) -> None:
+        calls.append(1)
+        return replace(*args) if len(calls) < 2 else action()
+
+    return run
+
+
+INTERRUPTIONS = {
+    "writing the tensors": lambda action: ("save_file", action),
+    "renaming the tensors": lambda action: ("os.replace", action),
+    "renaming the json": lambda action: ("os.replace", second_call(action)),
+    "writing the json": lambda action: ("json.dumps", action),
+}
+
+
+@pytest.mark.parametrize("action", [full, die], ids=["disk full", "interrupted"])
+@pytest.mark.parametrize("where", INTERRUPTIONS)
+def test_a_save_that_dies_leaves_the_earlier_one_whole(saved, monkeypatch, where, action):
+    supernet, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    expected = logits(supernet)
+    with torch.no_grad():
+        for parameter in supernet.own_parameters().values():
+            parameter += 0.1
+    place, replacement = INTERRUPTIONS[where](action)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mlfs.supernet.checkpoint.{place}", replacement)
+        if action is die:
+            with pytest.raises(KeyboardInterrupt):
+                supernet.save_pretrained(folder)
+        else:
+            with pytest.raises(
+                MLFSError, match=r"could not save to .*No space left .*what was saved there before is whole"
+            ):
+                supernet.save_pretrained(folder)
+    assert torch.equal(logits(load(folder)), expected)
+    assert all((folder / name).read_bytes() == data for name, data in before.items())
+    supernet.save_pretrained(folder)
+    assert torch.equal(logits(load(folder)), logits(supernet)) and not torch.equal(logits(supernet), expected)
+    assert len(list(folder.iterdir())) == 2, "the save that died, or the one before, left something"
+
+
+def test_a_process_killed_at_any_moment_of_saving_leaves_a_run_that_loads(saved):
+    """Every file operation of the save in turn is the last one that happens."""
+    supernet, folder = saved
+    expected = {True: logits(supernet)}
+    with torch.no_grad():
+        for parameter in supernet.own_parameters().values():
+            parameter += 0.1
+    expected[False] = logits(supernet)
+    outcomes = []
+    for count in range(1, 40):
+        copy = folder.with_name(f"copy-{count}")
+        shutil.copytree(folder, copy)
+        pid = os.fork()
+        if pid == 0:
+            left = [count]
+
+            def audit(event: str, _: tuple, left: list[int] = left) -> None:
+                if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "tempfile.mkstemp"):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        os._exit(1)
+
+            sys.addaudithook(audit)
+            supernet.save_pretrained(copy)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        (old,) = [value for value in (True, False) if torch.equal(logits(load(copy)), expected[value])]
+        outcomes.append(old)
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert outcomes == sorted(outcomes, reverse=True)  # the old run, and from some moment on the new one
+    assert outcomes[0] is True and outcomes[-1] is False and len(outcomes) > 5
+
+
+def test_saving_twice_leaves_one_set_of_tensors(saved):
+    supernet, folder = saved
+    supernet.save_pretrained(folder)
+    assert len(list(folder.iterdir())) == 2
+    supernet.own_parameters()["classifier.bias"].data += 1
+    supernet.save_pretrained(folder)
+    assert len(list(folder.iterdir())) == 2
+    assert torch.equal(logits(load(folder)), logits(supernet))
+
+
+def test_other_files_in_the_folder_are_left_alone(saved):
+    supernet, folder = saved
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "distiller.safetensors").write_bytes(b"x")
+    supernet.own_parameters()["classifier.bias"].data += 1
+    supernet.save_pretrained(folder)
+    assert (folder / "tokenizer.json").read_text() == "{}" and (folder / "distiller.safetensors").read_bytes() == b"x"
+
+
+def test_missing_base_says_what_to_do(tmp_path):
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space_of("bert"), rank=4)
+    supernet.save_pretrained(tmp_path / "unnamed")
+    with pytest.raises(MLFSError, match="does not say where its base came from: pass it"):
+        SuperTransformer.from_pretrained(tmp_path / "unnamed")
+    supernet.base_name = str(tmp_path / "gone")
+    supernet.save_pretrained(tmp_path / "run")
+    with pytest.raises(MLFSError, match=r"the base .*gone' cannot be loaded .*: pass it") as raised:
+        SuperTransformer.from_pretrained(tmp_path / "run")
+    assert "\n" not in str(raised.value)
+
+
+WITHOUT_MLFS = """
+import json, sys
+sys.path[:] = [p for p in sys.path if p not in ("", {root!r})]
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mlfs":
+            raise ModuleNotFoundError("no mlfs here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import mlfs
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("mlfs is there")
+
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+batch = {{k: v for k, v in load_file({folder!r} + "/batch.safetensors").items()}}
+out = {{}}
+for line in json.load(open({folder!r} + "/list.json")):
+    model, info = getattr(transformers, line["auto"]).from_pretrained(line["path"], output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (line, info)
+    assert type(model).__name__ == line["class"], line
+    assert not any("mlfs" in kind.__module__ for m in model.modules() for kind in type(m).__mro__)
+    with torch.no_grad():
+        result = model.eval()(**batch)
+    if "logits" not in result:
+        result["logits"] = torch.stack([result.start_logits, result.end_logits], -1)
+    out[line["path"]] = result["logits"].contiguous()
+save_file(out, {folder!r} + "/logits.safetensors")
+assert not any(name.split(".")[0] == "mlfs" for name in sys.modules)
+"""
+
+AUTO = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+}
+
+
+def exportable(name: str) -> list[Subnet]:
+    """Subnets of every depth a configuration can state, also some whose hidden size is not heads times head size."""
+    heads = CASES[name].heads
+    chosen = [Subnet(8 * h, h, f, kept) for h, f, kept in zip(heads, (40, 16, 24), LAYERS, strict=True)]
+    if name.startswith(("llama", "mistral", "qwen")):
+        chosen += [Subnet(48, heads[2], 24, LAYERS[2]), Subnet(40, heads[1], 40, LAYERS[1])]
+    # Llama's configuration refuses hidden sizes that are no multiple of the heads.
+    return [s for s in chosen if not (name.startswith("llama") and s.hidden % s.per_layer("heads")[0])]
+
+
+@pytest.fixture(scope="module")
+def loaded_without_mlfs(tmp_path_factory) -> dict[tuple[str, str, Subnet], tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of every family's checkpoints: loaded in a process without mlfs, and of the active subnet here."""
+    folder = tmp_path_factory.mktemp("exports")
+    here, lines, places = {}, [], {}
+    for name, suffix in all_models():
+        supernet = elastic(name, suffix)
+        for subnet in exportable(name):
+            path = folder / f"{name}-{suffix}-{len(places)}"
+            supernet.extract(subnet).save_pretrained(path)
+            lines.append({"path": str(path), "auto": AUTO[suffix], "class": type(supernet.model).__name__})
+            places[name, suffix, subnet] = str(path)
+            here[name, suffix, subnet] = logits(supernet, subnet)
+    (folder / "list.json").write_text(json.dumps(lines))
+    save_file(inputs("left"), folder / "batch.safetensors")
+    code = WITHOUT_MLFS.format(root=str(ROOT), folder=str(folder))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], env=environment, capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    there = load_file(folder / "logits.safetensors")
+    return {key: (there[path], here[key]) for key, path in places.items()}
+
+
+@every_model
+def test_checkpoint_loads_without_mlfs_and_gives_the_same_logits(loaded_without_mlfs, name, suffix):
+    compared = {key: pair for key, pair in loaded_without_mlfs.items() if key[:2] == (name, suffix)}
+    assert len(compared) == len(exportable(name)) >= 3
+    for key, (there, here) in compared.items():
+        assert distance(there, here) < 1e-5, key
+
+
+def test_checkpoints_cover_hidden_sizes_that_are_not_heads_times_head_size(loaded_without_mlfs):
+    odd = {name for name, _, s in loaded_without_mlfs if s.hidden != s.per_layer("heads")[0] * 8}
+    assert odd == {name for name in CASES if name.startswith(("llama", "mistral", "qwen"))}
+
+
+@every_family
+def test_exportable_is_exactly_what_survives_saving_and_loading(name, suffix, tmp_path):
+    """Each uniform subnet of the space: either it is said to be unexportable, or its checkpoint gives its logits."""
+    supernet = elastic(name, suffix, per_layer=False)
+    outcomes = {True: 0, False: 0}
+    for subnet in supernet.space.uniform():
+        if subnet.layers != LAYERS[-1] or subnet.ffn == 24:
+            continue
+        able = supernet.is_exportable(subnet)
+        outcomes[able] += 1
+        small = supernet.extract(subnet)
+        path = tmp_path / str(subnet).replace("/", "-")
+        if able:
+            small.save_pretrained(path)
+            twin = type(supernet.model).from_pretrained(path)
+            with torch.no_grad():
+                assert distance(logits_of(twin(**inputs("left"))), logits(supernet, subnet)) < 1e-5
+        else:
+            with pytest.raises(MLFSError):
+                small.save_pretrained(path)
+            assert not path.exists()
+    assert outcomes[True] >= 2
+    assert bool(outcomes[False]) == (name not in ("mistral", "qwen2", "qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "subnet", "reason", "nearest"),
+    [
+        ("bert", Subnet(48, 4, 24, (0, 2, 3)), "hidden_size / num_attention_heads wide", Subnet(32, 4, 24, (0, 2, 3))),
+        ("gpt2", Subnet(16, 6, 16, (1, 3)), "hidden_size / num_attention_heads wide", Subnet(16, 2, 16, (1, 3))),
+        ("bert", Subnet(32, (4, 2), 24, (1, 3)), "its layers differ in size", Subnet(32, 4, 24, (1, 3))),
+        ("llama", Subnet(48, 6, (40, 40, 24), (0, 2, 3)), "its layers differ in size", Subnet(48, 6, 40, (0, 2, 3))),
+        ("qwen2", Subnet(40, (4, 2), 24, (1, 3)), "its layers differ in size", None),
+        ("llama", Subnet(32, 6, 24, (1, 3)), "must be a multiple of num_attention_heads", Subnet(24, 6, 24, (1, 3))),
+    ],
+)
+def test_unexportable_subnet_works_in_memory_but_is_not_saved(name, subnet, reason, nearest, tmp_path):
+    supernet = elastic(name, CASES[name].classes[0])
+    small = supernet.extract(subnet)
+    with torch.no_grad():
+        assert distance(logits_of(small(**inputs("left"))), logits(supernet, subnet)) < 1e-5
+    for save in (small.save_pretrained, small.push_to_hub):
+        with pytest.raises(MLFSError, match=reason) as raised:
+            save(str(tmp_path / "export"))
+        text = str(raised.value)
+        assert "\n" not in text and subnet.to_json() in text
+        named = Subnet.from_json(text.rpartition("the nearest subnet that can be saved is ")[2])
+        assert named == nearest or nearest is None
+        assert named in supernet.space and supernet.is_exportable(named) and named.layers == subnet.layers
+    assert list(tmp_path.iterdir()) == []
+    supernet.extract(named).save_pretrained(tmp_path / "export")
+    assert (tmp_path / "export" / "config.json").exists()
+
+
+def test_a_space_without_any_exportable_subnet_of_that_depth_says_so(tmp_path):
+    space = SearchSpace((48, 40), (6,), (40,), ((0, 1, 2, 3), (0, 2)))
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space, rank=2)
+    small = supernet.extract(Subnet(40, 6, 40, (0, 2)))
+    with pytest.raises(MLFSError, match=r'the nearest subnet that can be saved is {"hidden": 48, "heads": 6'):
+        small.save_pretrained(tmp_path / "export")
+
+
+def test_modules_of_the_checkpoint_know_nothing_of_the_run(tmp_path):
+    supernet = elastic("llama", "ForCausalLM")
+    supernet.extract(exportable("llama")[1]).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text() + (tmp_path / "generation_config.json").read_text()
+    assert "mlfs" not in text and "lora" not in text
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not any("lora" in key for key in stored)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (32, 4, 2)
+    assert (config["intermediate_size"], config["num_hidden_layers"], config["head_dim"]) == (16, 3, 8)
