@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from mlfs import SearchSpace, Subnet, SuperTransformer
 from mlfs.elastic.linear import ElasticLinear
-from tests.models import CASES, make
+from tests.tiny_models import CASES, make
 
 HIDDEN, FFN, LAYERS = (48, 40, 32, 24, 16), (40, 24, 16), ((0, 1, 2, 3), (0, 2, 3), (1, 3))
 

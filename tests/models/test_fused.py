@@ -13,8 +13,8 @@ from mlfs import SearchSpace, SuperTransformer
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.models.fused.padding import reads_no_padding, without_padding
 from mlfs.ops.backend import use_backend
-from tests.models import CASES, inputs, logits_of, make
 from tests.supernets import distance, elastic, perturb, subnets_of
+from tests.tiny_models import CASES, inputs, logits_of, make
 
 GPT = ("gpt2", "gpt_bigcode-mqa", "gpt_bigcode-mha")
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")

@@ -12,7 +12,7 @@ from transformers import Trainer
 from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.models.fused.lm_head import HEAD_INPUT, vocabulary_head, without_logits
 from mlfs.ops.backend import BACKENDS
-from tests.models import all_models, inputs, make
+from tests.tiny_models import all_models, inputs, make
 from tests.training.test_trainer import ONE_STEP, SPACE, one_step, rows, trainer
 
 CAUSAL = [("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM"), ("gpt_neox", "ForCausalLM")]

@@ -22,8 +22,8 @@ from mlfs.models import follow
 from mlfs.ops import backend
 from mlfs.ops.backend import backend_of, use_backend, why_no_cpp
 from tests.devices import on_each_device
-from tests.models import inputs, logits_of, make
 from tests.supernets import elastic, perturb, subnets_of
+from tests.tiny_models import inputs, logits_of, make
 
 MODELS = [("bert", "ForSequenceClassification"), ("llama", "ForCausalLM"), ("gpt_bigcode-mqa", "ForCausalLM")]
 some_models = pytest.mark.parametrize(("name", "suffix"), MODELS, ids=["bert", "llama", "gpt_bigcode"])

@@ -18,8 +18,8 @@ from mlfs import Subnet, SuperTransformer
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.models.families.spec import Linear
-from tests.models import CASES, PAD, all_models, inputs, logits_of, make
 from tests.supernets import HIDDEN, distance, elastic, space_of, subnets_of
+from tests.tiny_models import CASES, PAD, all_models, inputs, logits_of, make
 
 MODELS = all_models()
 DECODERS = [(name, suffix) for name, suffix in MODELS if suffix in ("ForCausalLM", "LMHeadModel")]

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from mlfs import MLFSError, SuperTransformer
 from mlfs.ops.backend import use_backend
-from tests.models import all_models, inputs, logits_of
 from tests.supernets import distance, elastic, subnets_of
+from tests.tiny_models import all_models, inputs, logits_of
 
 MODELS = all_models()
 every_model = pytest.mark.parametrize(("name", "suffix"), MODELS)

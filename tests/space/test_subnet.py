@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
 from mlfs.space.dimensions import Dimensions
 from mlfs.space.search_space import evenly_spaced
-from tests.models import make
+from tests.tiny_models import make
 
 SPACE = SearchSpace((48, 32, 16), (6, 4, 2), (40, 24, 16), ((0, 1, 2, 3), (0, 2, 3), (1, 3)))
 LLAMA = Dimensions(hidden=48, heads=6, kv_heads=3, head_dim=8, ffn=40, layers=4)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
 from mlfs.elastic.base import Elastic
-from tests.models import CASES, all_models, inputs, logits_of, make
 from tests.supernets import LAYERS, distance, elastic, perturb, space_of, subnets_of
+from tests.tiny_models import CASES, all_models, inputs, logits_of, make
 
 ROOT = Path(__file__).resolve().parents[2]
 every_model = pytest.mark.parametrize(("name", "suffix"), all_models())

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mlfs import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, MLFSError, Subnet, SuperTransformer
 from mlfs.supernet.permutation import compose, permutation_of
-from tests.models import CASES, PAD, VOCABULARY, all_models, inputs, logits_of, make
 from tests.supernets import distance, elastic, space_of, subnets_of
+from tests.tiny_models import CASES, PAD, VOCABULARY, all_models, inputs, logits_of, make
 
 METHODS = ("magnitude", "activation", "gradient")
 every_model = pytest.mark.parametrize(("name", "suffix"), all_models())

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
 from mlfs.elastic.linear import ElasticLinear
-from tests.models import all_models, inputs, logits_of, make
 from tests.supernets import distance, elastic, parameters_of, perturb, space_of, subnets_of
+from tests.tiny_models import all_models, inputs, logits_of, make
 
 every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
 SOME = [

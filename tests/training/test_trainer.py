@@ -17,7 +17,7 @@ from mlfs import MLFSArguments, MLFSError, MLFSTrainer, SearchSpace, Subnet, Sup
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.training.distillation import output_divergence
 from mlfs.training.runs import last_checkpoint
-from tests.models import CASES, VOCABULARY, make
+from tests.tiny_models import CASES, VOCABULARY, make
 
 SPACE = SearchSpace((48, 32, 24), (6, 4, 2), (40, 20), ((0, 1, 2, 3), (1, 3)))
 ROOT = Path(__file__).parents[2]
