@@ -14,10 +14,15 @@ Axis = Literal["hidden", "heads", "kv_heads", "ffn"]
 
 @dataclass(frozen=True)
 class Linear:
-    """A projection (nn.Linear or Conv1D). `writes` is one axis, or one per part of a fused projection; None: fixed.
+    """A projection (nn.Linear or Conv1D).
 
-    A part along heads or kv_heads has head_dim numbers per head, times `per_head` where a head's query, key and value
-    lie side by side. `task` marks a head that is new for the task: it trains in full, without adapters, and is saved.
+    Attributes:
+        reads: the axis that its input follows. writes: that of its output, or one for each part of a fused projection.
+            None: the width is fixed.
+        adapter: whether it has low-rank stages.
+        task: whether it is new for the task: it then trains in full, without adapters, and is saved with the run.
+        per_head: how often an output along heads or kv_heads has head_dim numbers for each head: 3 where a head's
+            query, key and value lie side by side.
     """
 
     reads: Axis | None
