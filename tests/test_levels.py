@@ -19,6 +19,9 @@ LEVELS = (
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+ASKS_THE_DEVICE = "mlfs.ops.backend"  # which backend runs is decided within ops, and nowhere above
+MAY_ASK_THE_DEVICE = ("ops", "elastic")  # rooms
+STILL_ASK_THE_DEVICE = ("mlfs.models.fused.lm_head",)  # files of other rooms
 FILES = sorted((ROOT / "mlfs").rglob("*.py"))
 FILES = [path for path in FILES if path.relative_to(ROOT).parts[1] not in ("kernels", "__init__.py")]
 
@@ -59,6 +62,31 @@ def test_every_room_has_a_level():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_go_down(path):
     assert faults(module_of(path), path.read_text(encoding="utf-8")) == []
+
+
+def asks_the_device(module: str, text: str) -> bool:
+    room = module.split(".")[1]
+    if room in MAY_ASK_THE_DEVICE or module in STILL_ASK_THE_DEVICE:
+        return False
+    return any(f"{imported}.".startswith(f"{ASKS_THE_DEVICE}.") for imported in imports_of(text))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_the_device_is_asked_in_ops_and_nowhere_above(path):
+    assert not asks_the_device(module_of(path), path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from mlfs.ops.backend import is_direct",
+        "from mlfs.ops import backend",
+        "def f():\n    import mlfs.ops.backend as b",
+    ],
+)
+def test_a_question_to_the_device_is_found(text):
+    assert asks_the_device("mlfs.models.fused.layer", text)
+    assert not asks_the_device("mlfs.ops.norm", text)
 
 
 def test_no_circle_among_files():

@@ -297,7 +297,7 @@ class LowerBoundOfScheme(LowerBound):
 
     @property
     def _turns(self) -> bool:
-        return any(isinstance(block, RotaryAttention) for block in self.supernet.family.blocks.values())
+        return any(isinstance(block, RotaryAttention) for block in self.supernet.family.fused.values())
 
     def _ranks(self, name: str, role: str, j: int) -> dict[str, int]:
         """h or g: `rank` numbers a token for each layer of the group."""

@@ -30,10 +30,7 @@ from mlfs.kernels import configs, decode, joint, norm, rotary, sliced_linear
 OPERATORS = [
     import_module(f"mlfs.ops.{name}") for name in ("feed_forward", "joint_linear", "norm", "rotary", "sliced_linear")
 ]
-CALLERS = [  # what asks for the backend, too
-    import_module(f"mlfs.{name}")
-    for name in ("elastic.joint", "models.fused.attention", "models.fused.layer", "models.fused.mlp")
-]
+CALLERS = [import_module(f"mlfs.{name}") for name in ("elastic.joint", "ops.attention", "ops.layers")]  # they ask too
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
 

@@ -10,7 +10,7 @@ from mlfs.space.subnet import Subnet
 
 
 def dimensions(config: Any, family: Family) -> Dimensions:
-    """The full sizes a configuration states."""
+    """Reads the full sizes that a configuration states."""
     heads = config.num_attention_heads
     return Dimensions(
         hidden=config.hidden_size,
@@ -23,7 +23,7 @@ def dimensions(config: Any, family: Family) -> Dimensions:
 
 
 def is_exportable(subnet: Subnet, family: Family, dims: Dimensions) -> bool:
-    """Whether the family's configuration can state the subnet's sizes, so that its checkpoint loads anywhere."""
+    """Tells whether the family's configuration can state the subnet's sizes, so that its checkpoint loads anywhere."""
     if not subnet.is_uniform:
         return False
     heads = subnet.per_layer("heads")[0]
@@ -33,21 +33,26 @@ def is_exportable(subnet: Subnet, family: Family, dims: Dimensions) -> bool:
 
 
 def nearest_exportable(subnet: Subnet, space: SearchSpace, family: Family, dims: Dimensions) -> Subnet | None:
-    """The member of `space` with the same layers that can be stated and is nearest in relative sizes."""
+    """Finds the exportable member of `space` with the same layers that is nearest in relative sizes; None: there is
+    none."""
 
     def distance(other: Subnet) -> float:
         gap = abs(other.hidden / subnet.hidden - 1)
         for axis in ("heads", "ffn"):
-            mine = sum(subnet.per_layer(axis)) / len(subnet.layers)
-            gap += abs(other.per_layer(axis)[0] / mine - 1)
+            mean = sum(subnet.per_layer(axis)) / len(subnet.layers)
+            gap += abs(other.per_layer(axis)[0] / mean - 1)
         return gap
 
     same_depth = (other for other in space.uniform() if other.layers == subnet.layers)
-    return min((s for s in same_depth if is_exportable(s, family, dims)), key=distance, default=None)
+    exportable = (other for other in same_depth if is_exportable(other, family, dims))
+    return min(exportable, key=distance, default=None)
 
 
 def small_config(config: Any, subnet: Subnet, family: Family, dims: Dimensions) -> Any:
-    """The configuration of the extracted model; of a subnet it cannot state, with the largest of its layers."""
+    """Makes the configuration of the extracted model.
+
+    Where a subnet's layers differ, which no configuration can state, it has the sizes of the largest.
+    """
     small = copy.deepcopy(config)
     heads = max(subnet.per_layer("heads"))
     small.hidden_size = subnet.hidden
@@ -64,7 +69,11 @@ def small_config(config: Any, subnet: Subnet, family: Family, dims: Dimensions) 
 
 
 def why_not_exportable(subnet: Subnet, family: Family, near: Subnet | None) -> str:
-    """The sentence a user gets who saves a subnet that no configuration can state."""
+    """Makes the sentence that a user gets who saves a subnet that no configuration can state.
+
+    Args:
+        near: the nearest one that can be saved, if there is one.
+    """
     if not subnet.is_uniform:
         reason = "its layers differ in size, and the configuration has one size for all"
     elif family.head_dim_field:
@@ -74,14 +83,19 @@ def why_not_exportable(subnet: Subnet, family: Family, near: Subnet | None) -> s
             f"heads of a {family.model_type} configuration are hidden_size / num_attention_heads wide, and the "
             "subnet's are not"
         )
-    advice = (
-        f"the nearest subnet that can be saved is {near.to_json()}" if near else "no subnet of this depth can be saved"
-    )
+    advice = "no subnet of this depth can be saved"
+    if near is not None:
+        advice = f"the nearest subnet that can be saved is {near.to_json()}"
     return f"subnet {subnet.to_json()} cannot be saved as a transformers checkpoint: {reason}; {advice}"
 
 
 def has_final_norm(family: Family) -> bool:
-    """Whether a norm follows the last layer: one beside the layers, in a family whose embeddings have none."""
+    """Tells whether a norm follows the last layer: a norm outside of the layers that is not part of the embeddings."""
+    parents_of_embeddings = {_parent(name) for name, spec in family.outer.items() if isinstance(spec, Embedding)}
     norms = [name for name, spec in family.outer.items() if isinstance(spec, (LayerNorm, RMSNorm))]
-    embeddings = [name.rpartition(".")[0] for name, spec in family.outer.items() if isinstance(spec, Embedding)]
-    return any(not name.rpartition(".")[0] or name.rpartition(".")[0] not in embeddings for name in norms)
+    # beside embeddings that lie in the model itself, a norm there is the final one
+    return any(_parent(name) == "" or _parent(name) not in parents_of_embeddings for name in norms)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,5 +1,8 @@
 """Makes a Hugging Face model elastic in place, by reading its family's table entry."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,121 +12,107 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticLayerNorm, ElasticRMSNorm
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
-from mlfs.models.families.spec import Count, Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
-from mlfs.models.follow import follow, fused_class
-from mlfs.models.fused.forward import fused_forward
+from mlfs.models.families.spec import Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
+from mlfs.models.follow import Forward, follow
+from mlfs.models.fused.forward import check_kind, fused_forward
 from mlfs.models.fused.padding import ragged_encoder
 from mlfs.space.dimensions import AxisSize, Dimensions
 
 
-def make_elastic(
-    model: PreTrainedModel, family: Family, dims: Dimensions, scope: Scope, rank: int, stages: int, alpha: float
-) -> nn.ModuleList:
-    """Replaces the modules the table names by elastic ones that share their storage; returns the list of layers.
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What every adapted layer gets: `stages` low-rank stages of rank `rank`, of scale alpha / rank."""
 
-    Raises MLFSError, having replaced nothing, where the model has parameters that the table does not name, or shapes
-    that its configuration does not give.
+    rank: int
+    stages: int
+    alpha: float
+
+
+def make_elastic(
+    model: PreTrainedModel, family: Family, dims: Dimensions, scope: Scope, adapters: AdapterOptions
+) -> nn.ModuleList:
+    """Replaces the modules that the table names by elastic ones that share their storage.
+
+    Args:
+        model: of the family; it is changed in place.
+        dims: its full sizes. scope: of the active subnet, which the modules follow.
+        adapters: of the linear layers.
+
+    Returns:
+        The model's list of layers.
+
+    Raises:
+        MLFSError: the model has parameters that the table does not name, or shapes that its configuration does not
+            give; or the table names what the model does not have. Nothing has been replaced.
     """
-    trained = [(p, p.requires_grad) for p in model.parameters()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        elastic = _elastic_modules(model, family, dims, scope, rank, stages, alpha)
-        layers = model.base_model.get_submodule(family.layers)
-        assert isinstance(layers, nn.ModuleList)
-        for path in family.sizes:
-            owner, _, attribute = path.rpartition(".")
-            if not hasattr(layers[0].get_submodule(owner), attribute):
-                raise MLFSError(f"the table of family {family.model_type!r} names {path}, which its layers do not have")
+        elastic = _elastic_modules(model, family, dims, scope, adapters)
+        layers = _layers_of(model, family)
     except MLFSError:
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
-    for parameter in model.parameters():
-        if not any(parameter is own for module in elastic.values() if module.owned for own in module.parameters()):
-            parameter.requires_grad_(False)
-    for module in elastic.values():
-        if isinstance(module, ElasticLinear) and module.stages:
-            module.train_stage(0)
-    for name, module in elastic.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-    attends_by_ranges = True
-    for i, block in enumerate(layers):
-        fused = set()
-        for path, spec in family.blocks.items():
-            part = block.get_submodule(path)
-            if (forward := fused_forward(part, spec)) is None:
-                break
-            part.__class__ = fused_class(type(part), forward)  # type: ignore[assignment, arg-type]
-            fused.add(type(spec))
-        attends_by_ranges &= SelfAttention in fused
-        follow(block, scope, {}, layer=i)
-        by_owner: dict[str, dict[str, AxisSize]] = {}
-        for path, count in family.sizes.items():
-            owner, _, attribute = path.rpartition(".")
-            by_owner.setdefault(owner, {})[attribute] = _count(count, dims, i)
-        for owner, extents in by_owner.items():
-            follow(block.get_submodule(owner), scope, extents)
-    if family.encoder and attends_by_ranges:
+    _freeze_the_base(model, elastic)
+    _train_the_first_stage(elastic)
+    _put_in_place(model, elastic)
+    fused = [_follow_in_layer(layer, i, family, dims, scope) for i, layer in enumerate(layers)]
+    if family.encoder and all(_attends_within_ranges(family, forwards) for forwards in fused):
         encoder = model.base_model.get_submodule(family.encoder)
-        ragged = ragged_encoder(type(encoder).forward)
-        encoder.__class__ = fused_class(type(encoder), ragged)  # type: ignore[assignment, arg-type]
-        follow(encoder, scope, {})
+        follow(encoder, scope, {}, forward=ragged_encoder(type(encoder).forward))
     return layers
 
 
+# ---- what stands for each module ------------------------------------------------------------------------------------
+
+
 def _elastic_modules(
-    model: PreTrainedModel, family: Family, dims: Dimensions, scope: Scope, rank: int, stages: int, alpha: float
+    model: PreTrainedModel, family: Family, dims: Dimensions, scope: Scope, adapters: AdapterOptions
 ) -> dict[str, Elastic]:
-    """What stands for each module of the model, by name."""
-    names = _names(model, family, dims)
+    """Makes what stands for each module of the model, by name; the model is not changed."""
+    entries = _entries(model, family, dims)
     elastic: dict[str, Elastic] = {}
     for name, module in model.named_modules():
         if isinstance(module, Elastic):
             raise MLFSError("this model is elastic already: use its SuperTransformer, or load the model anew")
-        if not any(p is not None for p in module._parameters.values()):
+        if all(parameter is None for parameter in module._parameters.values()):
             continue
-        if name not in names:
+        if name not in entries:
             raise MLFSError(
                 f"module {name!r} ({type(module).__name__}) is not in the table of family {family.model_type!r}: "
                 "this kind of head or layer is not supported; add it to the entry (see 'Add a family')"
             )
-        spec, layer = names[name]
+        spec, layer = entries[name]
         if isinstance(spec, Fixed):
             continue
         try:
-            elastic[name] = _make(module, spec, layer, dims, scope, rank, stages, alpha)
+            elastic[name] = _elastic_module(module, spec, layer, dims, scope, adapters)
         except MLFSError as error:
             raise MLFSError(f"{name}: {error}") from None
     return elastic
 
 
-def _names(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[str, tuple[Module, int | None]]:
+def _entries(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[str, tuple[Module, int | None]]:
+    """Returns the table's word for each module, by name in the model, and the number of the layer that it is in."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    names: dict[str, tuple[Module, int | None]] = {prefix + name: (spec, None) for name, spec in family.outer.items()}
+    entries: dict[str, tuple[Module, int | None]] = {}
+    for name, spec in family.outer.items():
+        entries[f"{prefix}{name}"] = spec, None
     for i in range(dims.layers):
-        names |= {f"{prefix}{family.layers}.{i}.{name}": (spec, i) for name, spec in family.layer.items()}
-    return names | {name: (spec, None) for name, spec in family.heads.items()}
+        for name, spec in family.layer.items():
+            entries[f"{prefix}{family.layers}.{i}.{name}"] = spec, i
+    for name, spec in family.heads.items():
+        entries[name] = spec, None
+    return entries
 
 
-def _make(
-    module: nn.Module,
-    spec: Module,
-    layer: int | None,
-    dims: Dimensions,
-    scope: Scope,
-    rank: int,
-    stages: int,
-    alpha: float,
+def _elastic_module(
+    module: nn.Module, spec: Module, layer: int | None, dims: Dimensions, scope: Scope, adapters: AdapterOptions
 ) -> Elastic:
-    hidden = AxisSize("hidden")
-    made: Elastic
+    """Makes what stands for one module, and lets it follow its axes."""
     if isinstance(spec, Linear):
-        linear = ElasticLinear.from_linear(module, rank if spec.adapter else 0, stages, alpha, train_base=spec.task)
-        linear.owned = spec.task
-        writes = spec.writes if isinstance(spec.writes, tuple) else (spec.writes,)
-        extents = [_extent(axis, dims, layer, spec.per_head) for axis in writes if axis is not None]
-        linear.bind(scope, *extents, reads=_extent(spec.reads, dims, layer) if spec.reads else None)
-        return linear
+        return _elastic_linear(module, spec, layer, dims, scope, adapters)
+    made: Elastic
     if isinstance(spec, Embedding) and type(module) is nn.Embedding:
         made = ElasticEmbedding.from_embedding(module)
     elif isinstance(spec, LayerNorm) and isinstance(module, nn.LayerNorm):
@@ -132,14 +121,103 @@ def _make(
         made = ElasticRMSNorm.from_rms_norm(module)
     else:
         raise MLFSError(f"a {type(module).__name__}, where the table says {type(spec).__name__}")
-    made.bind(scope, hidden)
+    made.bind(scope, AxisSize("hidden"))
     return made
 
 
-def _extent(axis: str, dims: Dimensions, layer: int | None, per_head: int = 1) -> AxisSize:
-    unit = dims.head_dim * per_head if axis in ("heads", "kv_heads") else 1
-    return AxisSize(axis, unit, None if axis == "hidden" else layer)
+def _elastic_linear(
+    module: nn.Module, spec: Linear, layer: int | None, dims: Dimensions, scope: Scope, adapters: AdapterOptions
+) -> ElasticLinear:
+    rank = adapters.rank if spec.adapter else 0
+    made = ElasticLinear.from_linear(module, rank, adapters.stages, adapters.alpha, train_base=spec.task)
+    made.owned = spec.task
+    writes = spec.writes if isinstance(spec.writes, tuple) else (spec.writes,)
+    outputs = [_axis_size(axis, dims, layer, spec.per_head) for axis in writes if axis is not None]
+    reads = _axis_size(spec.reads, dims, layer) if spec.reads else None
+    made.bind(scope, *outputs, reads=reads)
+    return made
 
 
-def _count(count: Count, dims: Dimensions, layer: int) -> AxisSize:
-    return AxisSize(count.axis, dims.head_dim if count.times_head_dim else 1, layer)
+def _axis_size(axis: str, dims: Dimensions, layer: int | None, per_head: int = 1) -> AxisSize:
+    if axis == "hidden":  # the same in all layers
+        return AxisSize(axis)
+    if axis in ("heads", "kv_heads"):
+        return AxisSize(axis, dims.head_dim * per_head, layer)
+    return AxisSize(axis, 1, layer)
+
+
+def _layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    """Returns the model's list of layers. Raises MLFSError if the table names attributes that its layers do not have,
+    or a kind of fused block that is not registered."""
+    layers = model.base_model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for path in family.head_counts:
+        owner, _, attribute = path.rpartition(".")
+        if not hasattr(layers[0].get_submodule(owner), attribute):
+            raise MLFSError(f"the table of family {family.model_type!r} names {path}, which its layers do not have")
+    for block in family.fused.values():
+        check_kind(block)
+    return layers
+
+
+# ---- into the model -------------------------------------------------------------------------------------------------
+
+
+def _freeze_the_base(model: PreTrainedModel, elastic: dict[str, Elastic]) -> None:
+    """Freezes all of the model's parameters but those of heads that are new for the task."""
+    owned = {parameter for module in elastic.values() if module.owned for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in owned:
+            parameter.requires_grad_(False)
+
+
+def _train_the_first_stage(elastic: dict[str, Elastic]) -> None:
+    for module in elastic.values():
+        if isinstance(module, ElasticLinear) and module.stages:
+            module.train_stage(0)
+
+
+def _put_in_place(model: PreTrainedModel, elastic: dict[str, Elastic]) -> None:
+    for name, module in elastic.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+# ---- layers that follow the active subnet ---------------------------------------------------------------------------
+
+
+def _follow_in_layer(layer: nn.Module, number: int, family: Family, dims: Dimensions, scope: Scope) -> set[str]:
+    """Makes a layer, and the modules in it that need to, follow the active subnet. Returns the paths of those that run
+    fused."""
+    forwards = dict(_fused_forwards(layer, family))
+    attributes = _attributes(number, family, dims)
+    for path in sorted({"", *forwards, *attributes}):
+        module = layer.get_submodule(path)
+        number_or_none = number if path == "" else None
+        follow(module, scope, attributes.get(path, {}), forwards.get(path), layer=number_or_none)
+    return set(forwards)
+
+
+def _fused_forwards(layer: nn.Module, family: Family) -> Iterator[tuple[str, Forward]]:
+    """Yields the path and forward pass of each fused block of a layer, up to the first that has to run as it is: those
+    that come after it are made of it."""
+    for path, block in family.fused.items():
+        forward = fused_forward(layer.get_submodule(path), block)
+        if forward is None:
+            return
+        yield path, forward
+
+
+def _attributes(layer: int, family: Family, dims: Dimensions) -> dict[str, dict[str, AxisSize]]:
+    """Returns the attributes that follow the active subnet, by the path in the layer of the module that has them."""
+    by_module: dict[str, dict[str, AxisSize]] = {}
+    for path, count in family.head_counts.items():
+        module, _, attribute = path.rpartition(".")
+        unit = dims.head_dim if count.times_head_dim else 1
+        by_module.setdefault(module, {})[attribute] = AxisSize(count.axis, unit, layer)
+    return by_module
+
+
+def _attends_within_ranges(family: Family, paths: set[str]) -> bool:
+    """Tells whether a layer whose blocks at `paths` run fused takes ranges in place of an attention mask."""
+    return any(isinstance(family.fused[path], SelfAttention) for path in paths)

@@ -1,108 +1,162 @@
-"""Modules of a model that follow the active subnet: their attributes, whether they run, and which forward pass."""
+"""Modules of a model that follow the active subnet: their attributes, whether they run, and their forward pass.
+
+`follow` swaps the class of such a module, once, for a subclass of its own class and of `FollowsSubnet`; `settle` swaps
+it back on a copy that is extracted. The subclass is made at run time, so that the module stays what it was to everyone
+else (isinstance, names, hooks).
+"""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from mlfs.elastic.scope import Scope
+from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
+
+Forward = Callable[..., Any]  # a forward pass: of a module and its inputs
+
+
+class FollowsSubnet:
+    """A module of a model that follows the active subnet: the mark of every class that `follow` makes."""
+
+    _own_class: type[nn.Module]  # the class the module had, and will have when it is settled
+    _following: "_Following"
+
+
+class _Following(NamedTuple):
+    """What a module takes from the active subnet."""
+
+    scope: Scope
+    attributes: Mapping[str, AxisSize]
+    layer: int | None
+
+
+def follow(
+    module: nn.Module,
+    scope: Scope,
+    attributes: Mapping[str, AxisSize],
+    forward: Forward | None = None,
+    layer: int | None = None,
+) -> None:
+    """Makes `module` follow the active subnet of `scope`.
+
+    Args:
+        attributes: those of its attributes whose value the active subnet gives; read anew for every thread that asks.
+        forward: a forward pass in place of the module's own, such as a fused one; None: its own.
+        layer: the number of the layer that the module is, which a subnet may leave out; None: it is no layer.
+
+    Raises:
+        MLFSError: the module follows a subnet already.
+    """
+    own_class: Any = type(module)
+    if issubclass(own_class, FollowsSubnet):
+        raise MLFSError(f"this {own_class.__name__} follows a subnet already")
+    made = _following_class(own_class, forward, tuple(attributes), layer is not None)
+    module.__dict__["_following"] = _Following(scope, attributes, layer)
+    module.__class__ = made  # type: ignore[assignment]
+
+
+def scope_of(module: nn.Module) -> Scope:
+    """Returns the scope whose active subnet `module` follows. Raises MLFSError if it follows none."""
+    if not isinstance(module, FollowsSubnet):
+        raise MLFSError(f"this {type(module).__name__} follows no subnet")
+    return module._following.scope
 
 
 def settle(module: nn.Module, sizes: LayerSizes) -> None:
-    """Undoes, on a copy, what made a module follow the active subnet or run fused: its class is the one it had, its
-    attributes are those under `sizes`."""
-    while isinstance(module, _Remade):
-        original: Any = type(module)._original
-        _, extents, _ = module.__dict__.pop("_follows", (None, {}, None))
-        module.__class__ = original
-        for attribute, extent in extents.items():
-            setattr(module, attribute, extent(sizes))
-
-
-class _Remade:
-    """Mixed into the class of a module whose attributes, or whose running at all, depend on the active subnet, or whose
-    forward pass is a fused one.
-
-    A subclass made at run time, so that the module stays what it was to everyone else (isinstance, names, hooks) and
-    a size is read for the thread that asks.
-    """
-
-    _original: type[nn.Module]
+    """Undoes `follow` on a copy of the module: gives it the class it had, and its attributes their values under
+    `sizes`. Does nothing to a module that follows no subnet."""
+    if not isinstance(module, FollowsSubnet):
+        return
+    following: _Following = module.__dict__.pop("_following")
+    module.__class__ = module._own_class  # type: ignore[assignment]
+    for name, size in following.attributes.items():
+        setattr(module, name, size(sizes))
 
 
 @functools.cache
-def fused_class(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    return _subclass(original, {"forward": functools.wraps(original.forward)(forward)})
-
-
-def follow(module: nn.Module, scope: Scope, extents: dict[str, AxisSize], layer: int | None = None) -> None:
-    module.__dict__["_follows"] = (scope, extents, layer)
-    module.__class__ = _following_class(type(module), tuple(extents), layer is not None)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _following_class(original: type[nn.Module], attributes: tuple[str, ...], is_layer: bool) -> type[nn.Module]:
-    def size(attribute: str) -> property:
-        def read(self: Any) -> int:
-            scope, extents, _ = self._follows
-            return extents[attribute](scope.sizes)
-
-        return property(read, lambda self, value: self.__dict__.update({attribute: value}))
-
-    namespace: dict[str, Any] = {name: size(name) for name in attributes}
+def _following_class(
+    own_class: type[nn.Module], forward: Forward | None, attributes: tuple[str, ...], is_layer: bool
+) -> type[nn.Module]:
+    """Makes the class of modules that follow, one for all modules that need the same."""
+    namespace: dict[str, Any] = {name: _size_property(name) for name in attributes}
     if is_layer:
-        namespace |= {"__call__": _call_or_skip, "forward": _forward_under_its_subnet(original)}
-    return _subclass(original, namespace)
+        namespace["__call__"] = _call_or_skip
+        forward = _under_its_subnet(forward or own_class.forward)
+    if forward is not None:
+        namespace["forward"] = functools.wraps(own_class.forward)(forward)
+    namespace |= {"_own_class": own_class, "__module__": own_class.__module__, "__doc__": own_class.__doc__}
+    return type(own_class.__name__, (FollowsSubnet, own_class), namespace)
 
 
-def _subclass(original: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
-    namespace |= {"_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    bases = (original,) if issubclass(original, _Remade) else (_Remade, original)
-    return type(original.__name__, bases, namespace)
+def _size_property(name: str) -> property:
+    def read(self: FollowsSubnet) -> int:
+        scope, attributes, _ = self._following
+        return attributes[name](scope.sizes)
+
+    def write(self: FollowsSubnet, value: int) -> None:
+        self.__dict__[name] = value
+
+    return property(read, write)
 
 
-def _call_or_skip(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Runs the layer, or, where the subnet leaves it out, hands its input on."""
-    scope, _, layer = self._follows
+def _call_or_skip(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Runs the layer, or returns its input where the subnet leaves the layer out."""
+    scope, _, layer = self._following
     sizes = scope.sizes
-    if sizes.keeps(layer):
-        if self.training and getattr(self, "gradient_checkpointing", False):
-            kwargs["_sizes"] = sizes
-        out = type(self)._original.__call__(self, hidden_states, *args, **kwargs)
-        if isinstance(sizes, RowSizes) and not all(row.keeps(layer) for row in sizes.rows):
-            kept = _mask(tuple(row.keeps(layer) for row in sizes.rows), out.device)
-            out = torch.where(kept.view(-1, *(1 for _ in out.shape[1:])), out, hidden_states)
-        return out
-    # A key-value cache tells lengths by any layer: one number per token keeps this one in step.
-    for cache in (*args, *kwargs.values()):
+    if not sizes.keeps(layer):
+        _keep_caches_in_step((*args, *kwargs.values()), hidden_states, layer)
+        return hidden_states
+    if self.training and getattr(self, "gradient_checkpointing", False):
+        kwargs["_sizes"] = sizes
+    out = type(self)._own_class.__call__(self, hidden_states, *args, **kwargs)
+    if isinstance(sizes, RowSizes):
+        return _skip_rows(out, hidden_states, sizes, layer)
+    return out
+
+
+def _keep_caches_in_step(values: Iterable[Any], hidden_states: Tensor, layer: int) -> None:
+    """Adds one number per token to the skipped layer's part of a key-value cache, which tells lengths by any layer."""
+    for cache in values:
         if isinstance(cache, Cache):
-            token = hidden_states[..., :1].detach().unsqueeze(1)
+            token = hidden_states[..., :1].detach().unsqueeze(1)  # (batch, 1, tokens, 1)
             cache.update(token, token, layer)
-    return hidden_states
 
 
-def _mask(kept: tuple[bool, ...], device: torch.device) -> torch.Tensor:
-    """`kept` on the device; copied there once, as nothing may be while a CUDA graph is recorded."""
-    return torch.tensor(kept, device=device) if torch.compiler.is_compiling() else _remembered_mask(kept, device)
+def _skip_rows(out: Tensor, hidden_states: Tensor, sizes: RowSizes, layer: int) -> Tensor:
+    """Returns `out`, with the layer's input (both (batch, tokens, hidden)) in the rows whose subnet leaves it out."""
+    kept = tuple(row.keeps(layer) for row in sizes.rows)
+    if all(kept):
+        return out
+    mask = _mask(kept, out.device)
+    return torch.where(mask.view(-1, *(1 for _ in out.shape[1:])), out, hidden_states)
+
+
+def _mask(kept: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Returns `kept` on the device; copied there once, as nothing may be while a CUDA graph is recorded."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(kept, device=device)
+    return _remembered_mask(kept, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered_mask(kept: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+def _remembered_mask(kept: tuple[bool, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # autograd keeps it for the backward pass of later calls
         return torch.tensor(kept, device=device)
 
 
-def _forward_under_its_subnet(original: type[nn.Module]) -> Any:
-    """`forward` that gradient checkpointing may run again, later and in another thread, under the same subnet."""
+def _under_its_subnet(layer_forward: Forward) -> Forward:
+    """Wraps a layer's forward pass, which gradient checkpointing may run again, later and in another thread: it then
+    runs under the subnet of the first time."""
 
-    def forward(self: Any, *args: Any, _sizes: Any = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, _sizes: LayerSizes | None = None, **kwargs: Any) -> Any:
         if _sizes is None:
-            return original.forward(self, *args, **kwargs)
-        with self._follows[0].activate(_sizes):
-            return original.forward(self, *args, **kwargs)
+            return layer_forward(self, *args, **kwargs)
+        with self._following.scope.activate(_sizes):
+            return layer_forward(self, *args, **kwargs)
 
-    return functools.wraps(original.forward)(forward)
+    return forward

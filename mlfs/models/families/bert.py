@@ -7,10 +7,10 @@ from mlfs.models.families.spec import (
     TO_VOCABULARY,
     Activated,
     AddNorm,
-    Block,
     Embedding,
     Family,
     Fixed,
+    FusedBlock,
     LayerNorm,
     Linear,
     Module,
@@ -28,7 +28,7 @@ _BERT_LAYER: dict[str, Module] = {
     "output.dense": Linear("ffn", "hidden"),
     "output.LayerNorm": LayerNorm(),
 }
-_BERT_BLOCKS: dict[str, Block] = {
+_BERT_FUSED: dict[str, FusedBlock] = {
     "attention.self": SelfAttention("query", "key", "value", "dropout"),
     "attention.output": AddNorm("dense", "dropout", "LayerNorm"),
     "output": AddNorm("dense", "dropout", "LayerNorm"),
@@ -62,7 +62,7 @@ BERT_FAMILIES: tuple[Family, ...] = (
         "bert",
         layers="encoder.layer",
         layer=_BERT_LAYER,
-        blocks=_BERT_BLOCKS,
+        fused=_BERT_FUSED,
         encoder="encoder",
         outer=_BERT_OUTER,
         heads={
@@ -78,7 +78,7 @@ BERT_FAMILIES: tuple[Family, ...] = (
         "roberta",
         layers="encoder.layer",
         layer=_BERT_LAYER,
-        blocks=_BERT_BLOCKS,
+        fused=_BERT_FUSED,
         encoder="encoder",
         outer=_BERT_OUTER,
         heads={

@@ -5,10 +5,10 @@ from mlfs.models.families.spec import (
     MLP,
     TASK,
     TO_VOCABULARY,
-    Block,
-    Count,
     Embedding,
     Family,
+    FusedBlock,
+    HeadCount,
     LayerNorm,
     Linear,
     Module,
@@ -16,7 +16,7 @@ from mlfs.models.families.spec import (
 )
 
 _GPT2_OUTER: dict[str, Module] = {"wte": Embedding(), "wpe": Embedding(), "ln_f": LayerNorm()}
-_GPT2_BLOCKS: dict[str, Block] = {
+_GPT2_FUSED: dict[str, FusedBlock] = {
     "mlp": MLP("c_fc", "act", "c_proj", "dropout"),
     "": PreNorm("ln_1", "attn", "ln_2", "mlp", attention_adds=False),
 }
@@ -39,13 +39,13 @@ GPT_FAMILIES: tuple[Family, ...] = (
         "gpt2",
         layers="h",
         layer=_gpt2_layer(Linear("hidden", ("heads", "heads", "heads"))),
-        blocks=_GPT2_BLOCKS,
+        fused=_GPT2_FUSED,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
-        sizes={
-            "attn.split_size": Count("heads", times_head_dim=True),
-            "attn.embed_dim": Count("heads", times_head_dim=True),
-            "attn.num_heads": Count("heads"),
+        head_counts={
+            "attn.split_size": HeadCount("heads", times_head_dim=True),
+            "attn.embed_dim": HeadCount("heads", times_head_dim=True),
+            "attn.num_heads": HeadCount("heads"),
         },
         ffn_field="n_inner",
         unsupported={"scale_attn_by_inverse_layer_idx": (True, "its attention depends on the number of the layer")},
@@ -55,13 +55,13 @@ GPT_FAMILIES: tuple[Family, ...] = (
         when={"multi_query": True},
         layers="h",
         layer=_gpt2_layer(Linear("hidden", ("heads", "kv_heads", "kv_heads"))),
-        blocks=_GPT2_BLOCKS,
+        fused=_GPT2_FUSED,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
-        sizes={
-            "attn.embed_dim": Count("heads", times_head_dim=True),
-            "attn.num_heads": Count("heads"),
-            "attn.num_key_value_groups": Count("group"),
+        head_counts={
+            "attn.embed_dim": HeadCount("heads", times_head_dim=True),
+            "attn.num_heads": HeadCount("heads"),
+            "attn.num_key_value_groups": HeadCount("group"),
         },
         ffn_field="n_inner",
         kv_heads=1,
@@ -71,10 +71,10 @@ GPT_FAMILIES: tuple[Family, ...] = (
         when={"multi_query": False},
         layers="h",
         layer=_gpt2_layer(Linear("hidden", "heads", per_head=3)),
-        blocks=_GPT2_BLOCKS,
+        fused=_GPT2_FUSED,
         outer=_GPT2_OUTER,
         heads=_GPT2_HEADS,
-        sizes={"attn.num_heads": Count("heads"), "attn.embed_dim": Count("heads", times_head_dim=True)},
+        head_counts={"attn.num_heads": HeadCount("heads"), "attn.embed_dim": HeadCount("heads", times_head_dim=True)},
         ffn_field="n_inner",
     ),
     Family(
@@ -88,7 +88,7 @@ GPT_FAMILIES: tuple[Family, ...] = (
             "mlp.dense_h_to_4h": Linear("hidden", "ffn"),
             "mlp.dense_4h_to_h": Linear("ffn", "hidden"),
         },
-        blocks={"mlp": MLP("dense_h_to_4h", "act", "dense_4h_to_h")},
+        fused={"mlp": MLP("dense_h_to_4h", "act", "dense_4h_to_h")},
         outer={"embed_in": Embedding(), "final_layer_norm": LayerNorm()},
         heads={
             "lm_head": TO_VOCABULARY,

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from mlfs.models.families.spec import (
     DECODER_HEADS,
-    Block,
-    Count,
     Embedding,
     Family,
     Fixed,
+    FusedBlock,
     GatedMLP,
+    HeadCount,
     Linear,
     Module,
     PreNorm,
@@ -29,7 +29,7 @@ _LLAMA_LAYER: dict[str, Module] = {
     "mlp.down_proj": Linear("ffn", "hidden"),
 }
 _LLAMA_ATTENTION = RotaryAttention("q_proj", "k_proj", "v_proj", "o_proj")
-_LLAMA_BLOCKS: dict[str, Block] = {
+_LLAMA_FUSED: dict[str, FusedBlock] = {
     "mlp": GatedMLP("gate_proj", "act_fn", "up_proj", "down_proj"),
     "": PreNorm("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
 }
@@ -44,8 +44,8 @@ def _llama(model_type: str, attention: RotaryAttention = _LLAMA_ATTENTION, heads
         layer=_LLAMA_LAYER | {f"self_attn.{name}": Fixed() for name in norms},
         outer=_LLAMA_OUTER,
         heads=DECODER_HEADS,
-        sizes={"self_attn.num_key_value_groups": Count("group")},
-        blocks={"self_attn": attention} | _LLAMA_BLOCKS,
+        head_counts={"self_attn.num_key_value_groups": HeadCount("group")},
+        fused={"self_attn": attention} | _LLAMA_FUSED,
         head_dim_field=True,
         heads_divide_hidden=heads_divide_hidden,
     )

@@ -14,10 +14,15 @@ Axis = Literal["hidden", "heads", "kv_heads", "ffn"]
 
 @dataclass(frozen=True)
 class Linear:
-    """A projection (nn.Linear or Conv1D). `writes` is one axis, or one per part of a fused projection; None: fixed.
+    """A projection (nn.Linear or Conv1D).
 
-    A part along heads or kv_heads has head_dim numbers per head, times `per_head` where a head's query, key and value
-    lie side by side. `task` marks a head that is new for the task: it trains in full, without adapters, and is saved.
+    Attributes:
+        reads: the axis that its input follows. writes: that of its output, or one for each part of a fused projection.
+            None: the width is fixed.
+        adapter: whether it has low-rank stages.
+        task: whether it is new for the task: it then trains in full, without adapters, and is saved with the run.
+        per_head: how often an output along heads or kv_heads has head_dim numbers for each head: 3 where a head's
+            query, key and value lie side by side.
     """
 
     reads: Axis | None
@@ -48,9 +53,13 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Count:
-    """A module's attribute that holds a number of heads ("heads", "kv_heads"), or of query heads per key-value head
-    ("group"); with `times_head_dim`, the numbers they span."""
+class HeadCount:
+    """A module's attribute that counts attention heads of the active subnet.
+
+    Attributes:
+        axis: query heads ("heads"), key-value heads ("kv_heads") or query heads per key-value head ("group").
+        times_head_dim: whether it counts the numbers that the heads span instead.
+    """
 
     axis: Literal["heads", "kv_heads", "group"]
     times_head_dim: bool = False
@@ -61,7 +70,7 @@ Module = Linear | Embedding | LayerNorm | RMSNorm | Fixed
 
 @dataclass(frozen=True)
 class Activated:
-    """A block that is activation(linear(x))."""
+    """A fused block that is activation(linear(x))."""
 
     linear: str
     activation: str
@@ -69,7 +78,7 @@ class Activated:
 
 @dataclass(frozen=True)
 class MLP:
-    """A block that is dropout(down(activation(up(x)))), with or without the dropout."""
+    """A fused block that is dropout(down(activation(up(x)))), with or without the dropout."""
 
     up: str
     activation: str
@@ -79,7 +88,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """A block that is down(activation(gate(x)) · up(x))."""
+    """A fused block that is down(activation(gate(x)) · up(x))."""
 
     gate: str
     activation: str
@@ -89,7 +98,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class AddNorm:
-    """A block of two inputs, x and residual, that is norm(dropout(linear(x)) + residual)."""
+    """A fused block of two inputs, x and residual, that is norm(dropout(linear(x)) + residual)."""
 
     linear: str
     dropout: str
@@ -98,9 +107,10 @@ class AddNorm:
 
 @dataclass(frozen=True)
 class PreNorm:
-    """A layer that is s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); its mlp is a GatedMLP or an MLP.
+    """A fused block, the whole layer, that is s + mlp(mlp_norm(s)) for s = x + attention(norm(x)).
 
-    `attention_adds`: whether its attention is a block that adds x itself, else it is the model's own.
+    Its `mlp` is a fused block, a GatedMLP or an MLP. `attention_adds`: whether its attention is a fused block, which
+    adds x itself; else it is the model's own.
     """
 
     norm: str
@@ -112,7 +122,8 @@ class PreNorm:
 
 @dataclass(frozen=True)
 class PostNorm:
-    """A layer that is last_norm(t + down(activation(up(t)))) for t = norm(x + attention_out(attention(x))).
+    """A fused block, the whole layer, that is last_norm(t + down(activation(up(t)))) for
+    t = norm(x + attention_out(attention(x))).
 
     There is dropout before both sums; its attention is a SelfAttention of the three projections. Its module has the
     attribute `chunk_size_feed_forward`.
@@ -135,7 +146,8 @@ class PostNorm:
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """A block that is attention both ways between linear projections of x, scaled, with dropout; heads side by side.
+    """A fused block that is attention both ways between linear projections of x, scaled, with dropout; heads side by
+    side.
 
     Its module has the attributes `attention_head_size` and `scaling`.
     """
@@ -148,7 +160,7 @@ class SelfAttention:
 
 @dataclass(frozen=True)
 class RotaryAttention:
-    """A block that is causal attention between linear projections of x, with rotary embeddings by halves, and a
+    """A fused block that is causal attention between linear projections of x, with rotary embeddings by halves, and a
     projection of what comes out of it, as in Llama; with or without norms of query and key, and a sliding window.
 
     Its module has the attributes that transformers' attention functions read, and `config`, `head_dim`, `layer_idx`,
@@ -164,7 +176,7 @@ class RotaryAttention:
     window: Literal["", "module", "config"] = ""
 
 
-Block = SelfAttention | RotaryAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm | PostNorm
+FusedBlock = SelfAttention | RotaryAttention | Activated | MLP | GatedMLP | AddNorm | PreNorm | PostNorm
 
 
 @dataclass(frozen=True)
@@ -173,10 +185,11 @@ class Family:
 
     Attributes:
         model_type: of the configuration. `when`: configuration values the entry is for.
-        layers: name of the list of layers. layer: its modules. outer: those beside it. heads: of the whole model.
-        sizes: attributes of modules inside a layer that follow an axis.
-        blocks: parts of a layer ("" is all of it) that compute what a `Block` says, and so run fused; inner ones first.
-            From the first that cannot (an activation that no kernel knows), they run as they are.
+        layers: name of the list of layers. layer: the modules of a layer. outer: those beside the layers.
+        heads: what the model's classes put on top of the base model (classifiers, projections to the vocabulary).
+        head_counts: attributes of modules inside a layer that count attention heads, and so follow the active subnet.
+        fused: parts of a layer ("" is all of it) that compute what a `FusedBlock` says, and so run fused; inner ones
+            first. From the first that cannot (an activation that no operator knows), they run as they are.
         encoder: module that runs the layers, and nothing else, on hidden states and attention mask, where the layers
             attend by `SelfAttention`; sequences can then go through it without their padding.
         ffn_field: configuration field of the feed-forward size (its other fields have common names).
@@ -191,8 +204,8 @@ class Family:
     layer: Mapping[str, Module]
     outer: Mapping[str, Module]
     heads: Mapping[str, Module]
-    sizes: Mapping[str, Count] = field(default_factory=dict)
-    blocks: Mapping[str, Block] = field(default_factory=dict)
+    head_counts: Mapping[str, HeadCount] = field(default_factory=dict)
+    fused: Mapping[str, FusedBlock] = field(default_factory=dict)
     encoder: str = ""
     when: Mapping[str, Any] = field(default_factory=dict)
     ffn_field: str = "intermediate_size"

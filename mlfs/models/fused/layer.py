@@ -1,72 +1,107 @@
-"""Whole layers that run fused, before and after their norms."""
+"""Fused blocks that hold a norm: a norm of a sum, and whole layers with their norms before or after their parts."""
 
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlfs.elastic.joint import feed_forward, project
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.models.families.spec import AddNorm, PostNorm, PreNorm
-from mlfs.models.fused.attention import attend_both_ways
-from mlfs.models.fused.mlp import Forward, drops
-from mlfs.ops.backend import backend_of, is_direct
-from mlfs.ops.layers import encoder_layer
+from mlfs.models.follow import Forward
+from mlfs.models.fused.attention import are_ranges, attend_both_ways, attention_function
+from mlfs.models.fused.mlp import drops
+from mlfs.models.fused.registry import GELUS, Activation, registers
+from mlfs.ops.layers import EncoderLayer, encoder_layer, trains_on_kernels
 
 
-@functools.cache
-def add_norm(spec: AddNorm) -> Forward:
+@registers(AddNorm, linears=("linear",), norms=("norm",), others=("dropout",))
+def add_norm(block: AddNorm, own_forward: Forward) -> Forward:
+    """Builds norm(dropout(linear(x)) + residual)."""
+
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        linear, dropout, norm = (getattr(self, name) for name in (spec.linear, spec.dropout, spec.norm))
+        linear, dropout, norm = (getattr(self, name) for name in (block.linear, block.dropout, block.norm))
         return _norm_of_sum(linear, dropout, norm, hidden_states, input_tensor)
 
     return forward
 
 
 def _norm_of_sum(linear: ElasticLinear, dropout: nn.Dropout, norm: ElasticNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """Computes norm(dropout(linear(x)) + residual)."""
     if drops(dropout):
         return norm.after(linear(x), residual, dropout.p)[0]
     return norm(linear(x, residual=residual))  # added while the product is in registers
 
 
-@functools.cache
-def pre_norm(spec: PreNorm, original: Forward) -> Forward:
-    parameters = list(inspect.signature(original).parameters.values())[2:]  # after self and hidden_states
+@registers(PreNorm, norms=("norm", "mlp_norm"), others=("attention", "mlp"))
+def pre_norm(block: PreNorm, own_forward: Forward) -> Forward:
+    """Builds s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); both sums are added inside a part or a norm.
+
+    If a norm has hooks, or the layer attends to an encoder, it runs its own forward.
+    """
+    parameters = list(inspect.signature(own_forward).parameters.values())[2:]  # after self and hidden_states
     defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = defaults | dict(zip(defaults, args, strict=False)) | kwargs
-        norm, mlp_norm = getattr(self, spec.norm), getattr(self, spec.mlp_norm)
-        if given.pop("encoder_hidden_states", None) is not None or _watched([norm, mlp_norm]):
-            return original(self, hidden_states, *args, **kwargs)
-        given.pop("encoder_attention_mask", None)
+        options = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        norm, mlp_norm = getattr(self, block.norm), getattr(self, block.mlp_norm)
+        attends_to_encoder = options.pop("encoder_hidden_states", None) is not None
+        if attends_to_encoder or _have_hooks([norm, mlp_norm]):
+            return own_forward(self, hidden_states, *args, **kwargs)
+        options.pop("encoder_attention_mask", None)
+        attention, mlp = getattr(self, block.attention), getattr(self, block.mlp)
         x, s = norm.after(hidden_states)
-        if spec.attention_adds:
-            s, _ = getattr(self, spec.attention)(hidden_states=x, residual=s, **given)
+        if block.attention_adds:
+            s, _ = attention(hidden_states=x, residual=s, **options)
             x, s = mlp_norm.after(s)
         else:
-            o, _ = getattr(self, spec.attention)(x, **given)
+            o, _ = attention(x, **options)
             x, s = mlp_norm.after(o, residual=s)
-        return getattr(self, spec.mlp)(x, residual=s)
+        return mlp(x, residual=s)
 
     return forward
 
 
-@functools.cache
-def post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
-    """Where nobody watches its parts: in training on kernels, with sums of gradients in the products; on CPUs, without
-    gradients and dropout, by one call of the extension."""
-    names = {role: name for role, name in vars(spec).items() if role != "activation"}
-    dropouts = [names.pop(role) for role in ("attention_dropout", "out_dropout", "down_dropout")]
-    parents = {name.rpartition(".")[0] for name in names.values()}
-    parts_of, dropouts_of = _getter(list(names.values())), _getter(dropouts)
-    outer_of = _getter(sorted(parents - {"", *names.values()}))
+class _PostNormParts(NamedTuple):
+    """The submodules of a layer of the kind `PostNorm`, without its dropouts."""
+
+    attention: Any
+    query: ElasticLinear
+    key: ElasticLinear
+    value: ElasticLinear
+    attention_out: ElasticLinear
+    norm: ElasticNorm
+    up: ElasticLinear
+    down: ElasticLinear
+    last_norm: ElasticNorm
+
+
+_DROPOUTS = ("attention_dropout", "out_dropout", "down_dropout")
+
+
+@registers(
+    PostNorm,
+    linears=("query", "key", "value", "attention_out", "up", "down"),
+    norms=("norm", "last_norm"),
+    others=("attention", *_DROPOUTS),
+    activations=GELUS,
+)
+def post_norm(block: PostNorm, own_forward: Forward, activation: Activation) -> Forward:
+    """Builds last_norm(t + down(activation(up(t)))) for t = norm(x + attention_out(attention(x))).
+
+    If no submodule has hooks: on GPUs in training, runs query, key and value, and the feed-forward block, as fused
+    operators, which also add up the gradients of all that reads their input; on CPUs, within ranges, without gradients
+    and dropout, runs the whole layer in one call. Otherwise the layer runs its own forward, part by part.
+    """
+    names = [getattr(block, role) for role in _PostNormParts._fields]
+    parents = {name.rpartition(".")[0] for name in names}
+    parts_of = _getter(names)
+    dropouts_of = _getter([getattr(block, role) for role in _DROPOUTS])
+    containers_of = _getter(sorted(parents - {"", *names}))
 
     def forward(
         self: Any,
@@ -76,48 +111,79 @@ def post_norm(spec: PostNorm, activation: str, original: Forward) -> Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if torch.is_grad_enabled() and backend_of(hidden_states) == "triton":
-            parts, dropouts = parts_of(self), dropouts_of(self)
-            attention, q, k, v, out, norm, up, down, last_norm = parts
-            elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
-            known = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is not None
-            free = not _watched((*parts, *dropouts, *outer_of(self)))
-            if free and known and not elsewhere and not self.chunk_size_feed_forward:
-                *heads, s = project(hidden_states, q, k, v, returns_input=True)
-                unused = ("encoder_attention_mask", "past_key_values")
-                options = {name: value for name, value in kwargs.items() if name not in unused}
-                x, _ = attend_both_ways(attention, heads, attention_mask, dropouts[0], options)
-                t = _norm_of_sum(out, dropouts[1], norm, x, s)
-                if not drops(dropouts[2]):
-                    return last_norm(feed_forward(t, [up], down, activation, residual=t)[0])
-                y, t = feed_forward(t, [up], down, activation, returns_input=True)
-                return last_norm.after(y, t, dropouts[2].p)[0]
-        elif not self.training and attention_mask is not None and attention_mask.dtype == torch.long:
-            parts = parts_of(self)
-            attention, q, k, v, out, norm, up, down, last_norm = parts
-            layers = [linear.reads_now() for linear in (q, k, v, out, up, down)]
-            if is_direct(hidden_states, *(layer[0] for layer in layers)) and not _watched((*parts, *outer_of(self))):
-                return encoder_layer(
-                    hidden_states, layers[:3], layers[3], norm.reads_now(), layers[4], activation, layers[5],
-                    last_norm.reads_now(), attention_mask, attention.attention_head_size, attention.scaling,
-                )  # fmt: skip
-        return original(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        if trains_on_kernels(hidden_states):
+            parts, dropouts = _PostNormParts(*parts_of(self)), dropouts_of(self)
+            attends_elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
+            if (
+                not _have_hooks((*parts, *dropouts, *containers_of(self)))
+                and attention_function(parts.attention) is not None
+                and not attends_elsewhere
+                and not self.chunk_size_feed_forward
+            ):
+                return _train_post_norm(parts, dropouts, activation.name, hidden_states, attention_mask, kwargs)
+        elif not self.training and attention_mask is not None and are_ranges(attention_mask):
+            parts = _PostNormParts(*parts_of(self))
+            if not _have_hooks((*parts, *containers_of(self))):
+                y = encoder_layer(hidden_states, _layer_of(parts, activation.name), attention_mask)
+                if y is not None:
+                    return y
+        return own_forward(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
 
     return forward
 
 
+def _train_post_norm(
+    parts: _PostNormParts,
+    dropouts: Sequence[nn.Dropout],
+    activation: str,
+    x: Tensor,
+    mask: Tensor | None,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Runs a layer by fused operators. Each returns its input too, so that the gradients of the residual streams are
+    added inside its backward pass."""
+    attention_dropout, out_dropout, down_dropout = dropouts
+    *heads, x = project(x, parts.query, parts.key, parts.value, returns_input=True)
+    unused = ("encoder_attention_mask", "past_key_values")  # of transformers' attention function
+    options = {name: value for name, value in options.items() if name not in unused}
+    o, _ = attend_both_ways(parts.attention, heads, mask, attention_dropout, options)
+    t = _norm_of_sum(parts.attention_out, out_dropout, parts.norm, o, x)
+    if not drops(down_dropout):
+        (s,) = feed_forward(t, [parts.up], parts.down, activation, residual=t)
+        return parts.last_norm(s)
+    y, t = feed_forward(t, [parts.up], parts.down, activation, returns_input=True)
+    return parts.last_norm.after(y, t, down_dropout.p)[0]
+
+
+def _layer_of(parts: _PostNormParts, activation: str) -> EncoderLayer:
+    """Reads the layer's tensors under the active subnet."""
+    return EncoderLayer(
+        query=parts.query.reads_now(),
+        key=parts.key.reads_now(),
+        value=parts.value.reads_now(),
+        out=parts.attention_out.reads_now(),
+        norm=parts.norm.reads_now(),
+        up=parts.up.reads_now(),
+        activation=activation,
+        down=parts.down.reads_now(),
+        last_norm=parts.last_norm.reads_now(),
+        head_dim=parts.attention.attention_head_size,
+        scale=parts.attention.scaling,
+    )
+
+
 def _getter(names: Sequence[str]) -> Callable[[nn.Module], tuple[Any, ...]]:
-    """A function that gives the submodules of these names."""
-    of = attrgetter(*names)
+    """Builds a function that returns the submodules of these names, of which there are two or more."""
+    fast = attrgetter(*names)
 
-    def parts(module: nn.Module) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():  # which cannot trace the faster one
+    def get(module: nn.Module) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():  # which cannot trace an attrgetter
             return tuple(module.get_submodule(name) for name in names)
-        return of(module)
+        return fast(module)
 
-    return parts
+    return get
 
 
-def _watched(modules: Sequence[nn.Module]) -> bool:
-    """Whether someone has hooks on their calls."""
+def _have_hooks(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether someone watches the calls of a module."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)

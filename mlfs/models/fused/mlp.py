@@ -1,69 +1,70 @@
-"""Feed-forward blocks that run fused."""
+"""Fused feed-forward blocks."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from mlfs.elastic.joint import feed_forward
 from mlfs.models.families.spec import MLP, Activated, GatedMLP
-from mlfs.ops.backend import backend_of
-
-Forward = Callable[..., Any]
-KNOWN_ACTIVATIONS = {
-    type(ACT2FN[name]): activation
-    for name, activation in (
-        ("gelu", "gelu"),
-        ("gelu_new", "gelu_tanh"),
-        ("gelu_pytorch_tanh", "gelu_tanh"),
-        ("silu", "silu_mul"),
-    )
-}
+from mlfs.models.follow import Forward
+from mlfs.models.fused.registry import GATED, GELUS, Activation, registers
+from mlfs.ops.layers import fuses_activations
 
 
-@functools.cache
-def with_kernels(fused: Forward, original: Forward) -> Forward:
-    def forward(self: Any, hidden_states: Tensor, **more: Any) -> Tensor:
-        if backend_of(hidden_states) != "reference":
-            return fused(self, hidden_states, **more)
-        y, residual = original(self, hidden_states), more.get("residual")
-        return y if residual is None else residual + y
+@registers(Activated, linears=("linear",), activations=GELUS)
+def activated(block: Activated, own_forward: Forward, activation: Activation) -> Forward:
+    """Builds activation(linear(x)): the activation is computed while the product is in registers."""
 
-    return forward
-
-
-@functools.cache
-def activated(spec: Activated, activation: str) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return getattr(self, spec.linear)(hidden_states, activation=activation)
+        return getattr(self, block.linear)(hidden_states, activation=activation.name)
 
-    return forward
+    return _where_fused(forward, own_forward) if activation.written_out else forward
 
 
-@functools.cache
-def mlp(spec: MLP, activation: str) -> Forward:
+@registers(MLP, linears=("up", "down"), others=("dropout",), activations=GELUS)
+def mlp(block: MLP, own_forward: Forward, activation: Activation) -> Forward:
+    """Builds dropout(down(activation(up(x)))), plus `residual` where the layer hands one in."""
+
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        up, down, dropout = getattr(self, spec.up), getattr(self, spec.down), getattr(self, spec.dropout or "_", None)
-        adds = residual is not None and not (dropout is not None and drops(dropout))
-        (y,) = feed_forward(hidden_states, [up], down, activation, residual if adds else None)
-        if adds:  # while the product was in registers
-            return y
-        y = y if dropout is None else dropout(y)
+        up, down = getattr(self, block.up), getattr(self, block.down)
+        dropout = getattr(self, block.dropout) if block.dropout else None
+        if dropout is None or (residual is not None and not drops(dropout)):
+            # nothing comes between product and sum: the residual is added while the product is in registers
+            return feed_forward(hidden_states, [up], down, activation.name, residual)[0]
+        (y,) = feed_forward(hidden_states, [up], down, activation.name)
+        y = dropout(y)
         return y if residual is None else residual + y
 
-    return forward
+    return _where_fused(forward, own_forward) if activation.written_out else forward
 
 
-@functools.cache
-def gated_mlp(spec: GatedMLP) -> Forward:
+@registers(GatedMLP, linears=("gate", "up", "down"), activations=GATED)
+def gated_mlp(block: GatedMLP, own_forward: Forward, activation: Activation) -> Forward:
+    """Builds down(activation(gate(x)) * up(x)), plus `residual` where the layer hands one in."""
+
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        ups = [getattr(self, spec.gate), getattr(self, spec.up)]
-        return feed_forward(x, ups, getattr(self, spec.down), "silu_mul", residual)[0]
+        gate_and_up = [getattr(self, block.gate), getattr(self, block.up)]
+        return feed_forward(x, gate_and_up, getattr(self, block.down), activation.name, residual)[0]
 
     return forward
 
 
 def drops(dropout: nn.Dropout) -> bool:
+    """Tells whether the dropout is active."""
     return dropout.training and dropout.p > 0
+
+
+def _where_fused(fused: Forward, own_forward: Forward) -> Forward:
+    """Builds a forward pass that is `fused` where activations run inside products, and the module's own elsewhere.
+
+    For activations that transformers writes out: another way of computing them rounds otherwise, and without kernels
+    gains nothing.
+    """
+
+    def forward(self: Any, hidden_states: Tensor, **more: Any) -> Tensor:
+        if fuses_activations(hidden_states):
+            return fused(self, hidden_states, **more)
+        y, residual = own_forward(self, hidden_states), more.get("residual")
+        return y if residual is None else residual + y
+
+    return forward

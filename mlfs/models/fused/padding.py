@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfs.models.fused.mlp import Forward
-from mlfs.ops.attention import ranges_of_keys, ranges_of_sequences
-from mlfs.ops.backend import autocast_type, backend_of
+from mlfs.models.follow import Forward, scope_of
+from mlfs.ops.attention import autocasts, ranges_of_keys, ranges_of_sequences, takes_ranges
 from mlfs.space.dimensions import RowSizes
 
 _packs: ContextVar[bool] = ContextVar("mlfs_packs", default=False)
@@ -19,9 +18,12 @@ _packs: ContextVar[bool] = ContextVar("mlfs_packs", default=False)
 
 @contextmanager
 def without_padding(wanted: bool = True) -> Iterator[None]:
-    """Inside the block, on CPUs, encoders (BERT, RoBERTa) run only the tokens that are no padding, where all rows begin
-    with such a one. Their outputs are the same for these tokens, and those of zeros for the padding; hidden states of
-    layers are (1, tokens, hidden), the tokens of all rows one after the other. Trainers do this by themselves."""
+    """Runs encoders (BERT, RoBERTa) on CPUs without the tokens that are padding, inside the block.
+
+    Only where all rows begin with a token that is none. Outputs are the same for the other tokens, and those of zeros
+    for the padding; hidden states of layers are (1, tokens, hidden), the tokens of all rows one after the other.
+    Trainers do this by themselves.
+    """
     token = _packs.set(wanted)
     try:
         yield
@@ -30,56 +32,73 @@ def without_padding(wanted: bool = True) -> Iterator[None]:
 
 
 def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
-    """Whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which heads
-    take from the first token, or are ignored where there is padding."""
-    labels, attention = inputs.get("labels"), inputs.get("attention_mask")
+    """Tells whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which
+    heads take from the first token, or are ignored where there is padding."""
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
     if labels is None or labels.device.type != "cpu":
         return False
-    if attention is None or labels.shape != attention.shape:
+    if mask is None or labels.shape != mask.shape:
         return True
-    return bool((labels[attention == 0] == -100).all())
+    return bool((labels[mask == 0] == -100).all())
 
 
 @functools.cache
-def ragged_encoder(original: Forward) -> Forward:
-    """The forward pass of an encoder whose layers take ranges (`mlfs.ops.attention`) in place of the attention mask: no
-    attention is computed to padding, and where it packs, nothing for padding, which is put back as zeros.
+def ragged_encoder(own_forward: Forward) -> Forward:
+    """Builds the forward pass of an encoder whose layers take ranges (`mlfs.ops.attention`) in place of the mask.
+
+    No attention is computed to padding. Under `without_padding` nothing at all is computed for it, and zeros are put
+    in its place at the end.
     """
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        kept = _kept(hidden_states, attention_mask) if _takes_ranges(self, hidden_states, kwargs) else None
+        kept = None
+        if _may_take_ranges(self, hidden_states, kwargs):
+            kept = _kept_tokens(hidden_states, attention_mask)
         if kept is None:
-            return original(self, hidden_states, attention_mask=attention_mask, **kwargs)
-        if not (_packs.get() and bool(kept[:, 0].all())):  # a head may read the first token, whatever it is
-            ranges = _key_ranges(kept)
-            return original(self, hidden_states, attention_mask=attention_mask if ranges is None else ranges, **kwargs)
-        index = kept.flatten().nonzero()[:, 0]
-        flat = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(0)
-        out = original(self, flat, attention_mask=ranges_of_sequences(kept.sum(1).cumsum(0).tolist()), **kwargs)
-        last = out.last_hidden_state[0]
-        whole = last.new_zeros(kept.numel(), last.shape[-1]).index_copy(0, index, last)
-        out.last_hidden_state = whole.unflatten(0, kept.shape)
-        return out
+            return own_forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
+        if _packs.get() and bool(kept[:, 0].all()):  # else a head may read a first token that is padding
+            return _run_packed(functools.partial(own_forward, self), hidden_states, kept, kwargs)
+        ranges = _key_ranges(kept)
+        mask = attention_mask if ranges is None else ranges
+        return own_forward(self, hidden_states, attention_mask=mask, **kwargs)
 
     return forward
 
 
-def _takes_ranges(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
+def _run_packed(run: Forward, hidden_states: Tensor, kept: Tensor, options: Mapping[str, Any]) -> Any:
+    """Runs an encoder on the kept tokens of all rows, one after the other, and puts zeros where the others were."""
+    index = kept.flatten().nonzero()[:, 0]
+    packed = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(0)  # (1, kept tokens, hidden)
+    ranges = ranges_of_sequences(kept.sum(1).cumsum(0).tolist())
+    out = run(packed, attention_mask=ranges, **options)
+    last = out.last_hidden_state[0]  # (kept tokens, hidden)
+    whole = last.new_zeros(kept.numel(), last.shape[-1]).index_copy(0, index, last)
+    out.last_hidden_state = whole.unflatten(0, kept.shape)  # (batch, tokens, hidden)
+    return out
+
+
+def _may_take_ranges(encoder: Any, hidden_states: Tensor, others: Mapping[str, Any]) -> bool:
+    if not takes_ranges(hidden_states):  # first: it is False under torch.compile, which cannot trace a context variable
+        return False
+    packs = _packs.get()
+    # others are the user's own; eager attention may be asked for its weights
+    implementations = ("sdpa", "eager") if packs else ("sdpa",)
     return (
-        not torch.compiler.is_compiling()  # which cannot trace a context variable
-        and backend_of(hidden_states) == "cpp"
-        and (_packs.get() or autocast_type(hidden_states) is None)
-        # others are the user's own; eager attention may be asked for its weights
-        and encoder.config._attn_implementation in (("sdpa", "eager") if _packs.get() else ("sdpa",))
+        (packs or not autocasts(hidden_states))  # into a type in which attention is computed range by range
+        and encoder.config._attn_implementation in implementations
         and not encoder.config.is_decoder  # which attends to what is before
         and not any(others.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
-        and not isinstance(encoder._follows[0].sizes, RowSizes)
+        and not isinstance(scope_of(encoder).sizes, RowSizes)
     )
 
 
-def _kept(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which tokens count (batch, length), from a mask (batch, 1, any, length) that is the same for every query: True,
-    or 0 to be added, not the lowest number. None where it is not, or where it weighs keys."""
+def _kept_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Finds the tokens that count, (batch, tokens) bool, in a mask (batch, 1, any, tokens) that is the same for every
+    query: True in a bool mask, 0 in one that is added.
+
+    Returns None where the mask is not the same for every query, or weighs keys: adds a number that is neither 0 nor
+    close to the lowest of its type.
+    """
     if mask is None:
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool)
     if mask.dim() != 4 or mask.shape[:2] != (hidden_states.shape[0], 1):
@@ -94,9 +113,13 @@ def _kept(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _key_ranges(kept: Tensor) -> Tensor | None:
-    """Ranges of rows that count (batch, length); None where a row has no token that counts, or a gap."""
-    rows = kept.tolist()
-    keys = [(row.index(True), len(row) - row[::-1].index(True)) for row in rows if True in row]
-    if len(keys) < len(rows) or any(last - first != sum(row) for (first, last), row in zip(keys, rows, strict=True)):
-        return None
+    """Makes the ranges of rows whose tokens (batch, tokens) count; None where a row has none that counts, or a gap."""
+    keys = []
+    for row in kept.tolist():
+        if True not in row:
+            return None
+        first, last = row.index(True), len(row) - row[::-1].index(True)
+        if last - first != sum(row):
+            return None
+        keys.append((first, last))
     return ranges_of_keys(keys, kept.shape[1])
