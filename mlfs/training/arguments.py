@@ -8,6 +8,8 @@ import torch
 from transformers import TrainingArguments
 
 from mlfs.errors import MLFSError
+from mlfs.training.execution import EXECUTIONS
+from mlfs.training.sampling import SAMPLINGS
 
 
 def _option(default: Any, text: str) -> Any:
@@ -42,7 +44,7 @@ class MLFSArguments(TrainingArguments):
     )
     subnet_execution: str = _option(
         "sequential",
-        "How the subnets of an iteration run: 'sequential', one after the other, or 'lockstep', all through each layer "
+        "How the subnets of a step run: 'sequential', one after the other, or 'lockstep', all through each layer "
         "together (the same gradients; K times the activations; for GPUs).",
     )
     gamma: float = _option(
@@ -107,8 +109,8 @@ class MLFSArguments(TrainingArguments):
         if self.temperature <= 0:
             raise MLFSError(f"temperature={self.temperature}: expected a positive number")
         for name, choices in (
-            ("subnet_sampling", ("sandwich", "random")),
-            ("subnet_execution", ("sequential", "lockstep")),
+            ("subnet_sampling", SAMPLINGS),
+            ("subnet_execution", EXECUTIONS),
             ("gamma_normalization", ("weights", "count", "none")),
             ("projection", ("fixed", "learned")),
             ("order", ("gradient", "activation", "magnitude", "none")),
@@ -124,8 +126,10 @@ class MLFSArguments(TrainingArguments):
                 raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
 
     def of_stage(self, name: str, stage: int, default: Any) -> Any:
-        """The value of a per-stage list for `stage`."""
+        """Returns the value of a per-stage list for `stage`; `default` if the list is empty."""
         values = getattr(self, name)
         if not values:
             return default
-        return values[0] if len(values) == 1 else values[self.stages_to_train.index(stage)]
+        if len(values) == 1:
+            return values[0]
+        return values[self.stages_to_train.index(stage)]
