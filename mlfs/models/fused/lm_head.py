@@ -48,9 +48,10 @@ def without_logits(model: nn.Module, head: ElasticLinear, inputs: Mapping[str, A
     head_inputs: list[Tensor] = []
 
     def keep_input(_: nn.Module, args: tuple[Tensor], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        head_inputs.append(in_autocast_type(args[0]))
+        head_input = in_autocast_type(args[0])
+        head_inputs.append(head_input)
         # Of all columns of the logits one is made, and not used: a layer cannot be told to make none.
-        return args, {**options, "out_features": 1}
+        return (head_input,), {**options, "out_features": 1}
 
     hook = head.register_forward_pre_hook(keep_input, with_kwargs=True)
     try:
