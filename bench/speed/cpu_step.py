@@ -44,7 +44,7 @@ from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
 from mlfs.ops.backend import cpp, why_no_cpp
 from mlfs.report.table import table
 from mlfs.space.search_space import evenly_spaced
-from mlfs.training.distillation import output_divergence
+from mlfs.training.task import CausalLanguageModeling, Classification
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu_step.json"
 ALPHA, RATE = 0.9, 1e-3
@@ -161,12 +161,13 @@ def peft_step(
     )  # fmt: skip
     student = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=RATE, fused=True)
+    task = CausalLanguageModeling() if causal else Classification()
 
     def run() -> None:
         with torch.no_grad():
             goal = teacher(**{k: v for k, v in batch.items() if k != "labels"})
         out = student(**batch)
-        kl = output_divergence(out, goal, batch["labels"], batch["attention_mask"], causal=causal)
+        kl = task.divergence(out, goal, batch)
         ((1 - ALPHA) * out.loss + ALPHA * kl).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from mlfs.commands.run_folder import find_subnet, load_data_arguments, load_run
-from mlfs.commands.train import make_trainer
+from mlfs.commands.train import trainer_options
 from mlfs.data.arguments import DataArguments
 from mlfs.data.prepare import load_raw
 from mlfs.errors import MLFSError
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.evaluation import PaletteTrainer
+
+
+class _QuietTrainer(PaletteTrainer):
+    """Logs nothing: one JSON object is all that is printed."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Does nothing."""
 
 
 def evaluate(run: Path, subnet: str, data: DataArguments | None, batch_size: int) -> dict[str, Any]:
@@ -18,27 +26,32 @@ def evaluate(run: Path, subnet: str, data: DataArguments | None, batch_size: int
     supernet, tokenizer = load_run(run)
     chosen = find_subnet(supernet, subnet, run)
     recorded, id2label = load_data_arguments(run)
-    settings = asdict(recorded)
-    if data is not None:  # what is not said again is as it was in training
-        named = {k: v for k, v in asdict(data).items() if v != getattr(DataArguments(), k)}
-        if named.keys() & {"validation_file", "dataset_name"}:
-            settings |= {"train_file": None, "validation_file": None, "dataset_name": None}
-        settings |= named
-    if settings["validation_file"]:
-        settings["train_file"] = None
-    data = DataArguments(**settings)
+    data = _data_to_read(recorded, data)
     raw = load_raw(data, id2label)
     if raw.validation is None:
         raise MLFSError("no validation data: give --validation_file")
     with tempfile.TemporaryDirectory() as scratch:
         args = MLFSArguments(output_dir=scratch, per_device_eval_batch_size=batch_size, report_to=[])
-        trainer = make_trainer(supernet, raw, tokenizer, data, args)
+        trainer = _QuietTrainer(supernet, args, **trainer_options(supernet, raw, tokenizer, data))
         trainer.palette = {"subnet": chosen}
-        trainer.log = lambda *_, **__: None  # type: ignore[method-assign]  # one JSON object is all that is printed
         row = trainer.results(trainer.evaluate())[0]
     return {
         "run": str(run),
         "task": raw.task,
         "samples": len(raw.validation),
-        **{k: v for k, v in row.items() if k != "name"},
+        **{key: value for key, value in row.items() if key != "name"},
     }
+
+
+def _data_to_read(recorded: DataArguments, given: DataArguments | None) -> DataArguments:
+    """Returns what was recorded in training, with what `given` says otherwise."""
+    settings = asdict(recorded)
+    if given is not None:
+        defaults = asdict(DataArguments())
+        named = {name: value for name, value in asdict(given).items() if value != defaults[name]}
+        if "validation_file" in named or "dataset_name" in named:
+            settings |= {"train_file": None, "validation_file": None, "dataset_name": None}
+        settings |= named
+    if settings["validation_file"]:
+        settings["train_file"] = None
+    return DataArguments(**settings)

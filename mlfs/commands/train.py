@@ -27,19 +27,25 @@ def make_trainer(
     data: DataArguments,
     args: MLFSArguments,
 ) -> MLFSTrainer:
-    """A trainer of `supernet` on the data, with the task's metrics."""
+    """Makes a trainer of `supernet` on the data, with the task's metrics."""
+    return MLFSTrainer(supernet, args, **trainer_options(supernet, raw, tokenizer, data))
+
+
+def trainer_options(
+    supernet: SuperTransformer, raw: RawData, tokenizer: PreTrainedTokenizerBase, data: DataArguments
+) -> dict[str, Any]:
+    """Tokenizes the data and returns it as a Trainer takes it, with collator and metrics of the task."""
     sets = tokenize(raw, tokenizer, data, max_length(supernet.model))
-    causal = raw.task == "causal-lm"
-    return MLFSTrainer(
-        supernet,
-        args,
-        train_dataset=sets.get("train"),
-        eval_dataset=sets.get("validation"),
-        processing_class=tokenizer,
-        data_collator=collator(raw.task, tokenizer),
-        compute_metrics=compute_metrics_for(raw.task, raw.glue_name, raw.num_labels or None),
-        preprocess_logits_for_metrics=preprocess_logits_for_metrics if causal else None,
-    )
+    options: dict[str, Any] = {
+        "train_dataset": sets.get("train"),
+        "eval_dataset": sets.get("validation"),
+        "processing_class": tokenizer,
+        "data_collator": collator(raw.task, tokenizer),
+        "compute_metrics": compute_metrics_for(raw.task, raw.glue_name, raw.num_labels or None),
+    }
+    if raw.task == "causal-lm":
+        options["preprocess_logits_for_metrics"] = preprocess_logits_for_metrics
+    return options
 
 
 def train(model_args: ModelArguments, data: DataArguments, args: MLFSArguments) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """`MLFSArguments`: transformers' TrainingArguments plus what the method adds."""
 
+import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,16 +10,18 @@ import torch
 from transformers import TrainingArguments
 
 from mlfs.errors import MLFSError
+from mlfs.training.execution import EXECUTIONS
+from mlfs.training.sampling import SAMPLINGS
 
 
 def _option(default: Any, text: str) -> Any:
-    make = (lambda: list(default)) if isinstance(default, list) else (lambda: default)
-    return field(default_factory=make, metadata={"help": text})
+    """Makes a field with a default, copied for each instance, and its text of help."""
+    return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
 
 
 @dataclass
 class MLFSArguments(TrainingArguments):
-    """All of `transformers.TrainingArguments`, and the method's own options.
+    """Holds all of `transformers.TrainingArguments`, and the method's own options.
 
     A list "per stage" has one value for every stage in `stages`, or a single one for all.
     """
@@ -42,7 +46,7 @@ class MLFSArguments(TrainingArguments):
     )
     subnet_execution: str = _option(
         "sequential",
-        "How the subnets of an iteration run: 'sequential', one after the other, or 'lockstep', all through each layer "
+        "How the subnets of a step run: 'sequential', one after the other, or 'lockstep', all through each layer "
         "together (the same gradients; K times the activations; for GPUs).",
     )
     gamma: float = _option(
@@ -82,6 +86,12 @@ class MLFSArguments(TrainingArguments):
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning is for GPUs, and warns without one
+        self._check_stages()
+        self._check_ranges()
+        self._check_choices()
+        self._check_palette()
+
+    def _check_stages(self) -> None:
         stages = self.stages_to_train
         if not stages or sorted(set(stages)) != list(stages) or not set(stages) <= {0, 1, 2}:
             raise MLFSError(f"stages_to_train={stages}: expected ascending stages out of 0, 1, 2")
@@ -91,41 +101,46 @@ class MLFSArguments(TrainingArguments):
                 raise MLFSError(f"{name}={values}: expected one value, or one for each of the stages {stages}")
             if any(value <= 0 for value in values):
                 raise MLFSError(f"{name}={values}: expected positive values")
-        for name, least, most in (
-            ("rank", 1, None),
-            ("subnets_per_step", 1, None),
-            ("gamma", 0, None),
-            ("distill_alpha", 0, 1),
-            ("projection_size", 1, None),
-            ("order_batches", 1, None),
-        ):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                raise MLFSError(
-                    f"{name}={value}: expected {least} to {most}" if most else f"{name}={value}: expected >= {least}"
-                )
+
+    def _check_ranges(self) -> None:
+        for name in ("rank", "subnets_per_step", "projection_size", "order_batches"):
+            if getattr(self, name) < 1:
+                raise MLFSError(f"{name}={getattr(self, name)}: expected >= 1")
+        if self.gamma < 0:
+            raise MLFSError(f"gamma={self.gamma}: expected >= 0")
+        if not 0 <= self.distill_alpha <= 1:
+            raise MLFSError(f"distill_alpha={self.distill_alpha}: expected 0 to 1")
         if self.temperature <= 0:
             raise MLFSError(f"temperature={self.temperature}: expected a positive number")
-        for name, choices in (
-            ("subnet_sampling", ("sandwich", "random")),
-            ("subnet_execution", ("sequential", "lockstep")),
-            ("gamma_normalization", ("weights", "count", "none")),
-            ("projection", ("fixed", "learned")),
-            ("order", ("gradient", "activation", "magnitude", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                raise MLFSError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        if self.palette is not None:
-            try:
-                named = json.loads(self.palette)
-            except ValueError as error:
-                raise MLFSError(f"palette is not JSON ({error}): expected an object of name: subnet") from None
-            if not isinstance(named, dict) or not named:
-                raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
+
+    def _check_choices(self) -> None:
+        choices: dict[str, Iterable[str]] = {
+            "subnet_sampling": SAMPLINGS,
+            "subnet_execution": EXECUTIONS,
+            "gamma_normalization": ("weights", "count", "none"),
+            "projection": ("fixed", "learned"),
+            "order": ("gradient", "activation", "magnitude", "none"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise MLFSError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+    def _check_palette(self) -> None:
+        if self.palette is None:
+            return
+        try:
+            named = json.loads(self.palette)
+        except ValueError as error:
+            raise MLFSError(f"palette is not JSON ({error}): expected an object of name: subnet") from None
+        if not isinstance(named, dict) or not named:
+            raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
 
     def of_stage(self, name: str, stage: int, default: Any) -> Any:
-        """The value of a per-stage list for `stage`."""
+        """Returns the value of a per-stage list for `stage`; `default` if the list is empty."""
         values = getattr(self, name)
         if not values:
             return default
-        return values[0] if len(values) == 1 else values[self.stages_to_train.index(stage)]
+        if len(values) == 1:
+            return values[0]
+        return values[self.stages_to_train.index(stage)]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from mlfs.errors import MLFSError
@@ -12,6 +13,7 @@ from mlfs.report.cost import latency, size_on_disk
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.task import task_of
 
 
 class PaletteTrainer(Trainer):
@@ -35,15 +37,18 @@ class PaletteTrainer(Trainer):
             self.palette = {name: Subnet.from_dict(value) for name, value in json.loads(args.palette).items()}
         for subnet in self.palette.values():
             supernet.space.check(subnet)
+        self.task = task_of(supernet.model)
         super().__init__(model=supernet.model, args=args, **kwargs)
+        if not self.task.divides_by_items:
+            self.model_accepts_loss_kwargs = False
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; encoders skip the padding, where they can."""
+        """Runs one batch as `transformers.Trainer` does; encoders skip the padding, where they can."""
         with without_padding(reads_no_padding(inputs)):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
-        """What `evaluate` runs: the palette."""
+        """Returns what `evaluate` runs: the palette."""
         return self.palette
 
     def evaluate(
@@ -60,45 +65,52 @@ class PaletteTrainer(Trainer):
         loader = self.get_eval_dataloader(eval_dataset)
         palette = self.subnets_to_evaluate()
         sample = self._prepare_inputs(dict(next(iter(loader))))
+        ignored = [*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"]
         metrics: dict[str, float] = {}
-        shared: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}  # of each metric, over the subnets
         for name, subnet in palette.items():
             prefix = f"{metric_key_prefix}_{name}"
             with self.supernet.activate(subnet):
-                output = self.evaluation_loop(
-                    loader,
-                    description=f"Evaluation of {name} ({subnet})",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    ignore_keys=[*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"],
-                    metric_key_prefix=prefix,
-                )
-                found = {k.removeprefix(f"{prefix}_"): v for k, v in (output.metrics or {}).items()}
-                found.pop("model_preparation_time", None)
-                for key, value in found.items():
-                    if isinstance(value, (int, float)):
-                        shared.setdefault(key, []).append(float(value))
-                found["latency"] = latency(self.model, sample)
-            found["parameters"] = self.supernet.count_parameters(subnet)
-            found["bytes"] = size_on_disk(self.supernet, subnet)
-            metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
-        metrics |= {
-            f"{metric_key_prefix}_{key}": sum(v) / len(v) for key, v in shared.items() if len(v) == len(palette)
-        }
+                scores = self._score(loader, f"Evaluation of {name} ({subnet})", ignored, prefix)
+                cost = {"latency": latency(self.model, sample)}
+            cost["parameters"] = self.supernet.count_parameters(subnet)
+            cost["bytes"] = size_on_disk(self.supernet, subnet)
+            metrics |= {f"{prefix}_{key}": value for key, value in (scores | cost).items()}
+            for key, value in scores.items():
+                if isinstance(value, (int, float)):
+                    values.setdefault(key, []).append(float(value))
+        for key, of_subnets in values.items():
+            if len(of_subnets) == len(palette):
+                metrics[f"{metric_key_prefix}_{key}"] = sum(of_subnets) / len(of_subnets)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _score(self, loader: DataLoader, description: str, ignored: list[str], prefix: str) -> dict[str, Any]:
+        """Runs the active subnet over the evaluation data; returns its metrics, by names without the prefix."""
+        output = self.evaluation_loop(
+            loader,
+            description=description,
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignored,
+            metric_key_prefix=prefix,
+        )
+        scores = {key.removeprefix(f"{prefix}_"): value for key, value in (output.metrics or {}).items()}
+        scores.pop("model_preparation_time", None)
+        return scores
+
     def results(self, metrics: Mapping[str, float], metric_key_prefix: str = "eval") -> list[dict[str, Any]]:
-        """What `evaluate` returned, one row for each subnet: for a table, or for JSON."""
+        """Sorts what `evaluate` returned into one row for each subnet: for a table, or for JSON."""
         rows = []
         for name, subnet in self.palette.items():
             prefix = f"{metric_key_prefix}_{name}_"
             # of two names one may begin with the other: the longest that fits owns the key
-            longer = [f"{metric_key_prefix}_{n}_" for n in self.palette if n != name and n.startswith(f"{name}_")]
+            others = (other for other in self.palette if other != name and other.startswith(f"{name}_"))
+            longer = tuple(f"{metric_key_prefix}_{other}_" for other in others)
             found = {
-                k.removeprefix(prefix): v
-                for k, v in metrics.items()
-                if k.startswith(prefix) and not k.startswith(tuple(longer))
+                key.removeprefix(prefix): value
+                for key, value in metrics.items()
+                if key.startswith(prefix) and not key.startswith(longer)
             }
             if found:
                 rows.append({"name": name, "subnet": str(subnet), "sizes": subnet.to_dict(), **found})

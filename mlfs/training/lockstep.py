@@ -1,4 +1,4 @@
-"""One batch for all subnets of an iteration, and each subnet's part of what the model gives for it."""
+"""One batch for all subnets of a step, and each subnet's part of what the model gives for it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,44 +14,56 @@ _LABELS = ("labels", "start_positions", "end_positions")
 
 
 def rows_of(inputs: Mapping[str, Any]) -> int:
-    """Rows of the batch."""
-    return next(v.shape[0] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds") and v is not None)
+    """Counts the rows of a batch."""
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return int(inputs[name].shape[0])
+    raise KeyError("a batch without input_ids and inputs_embeds")
 
 
-def together(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch `count` times over, without labels: each subnet's loss is computed from its own rows."""
+def repeat(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Returns the batch `count` times over, without labels: each subnet's loss is computed from its own rows."""
     rows = rows_of(inputs)
-
-    def repeat(value: Any) -> Any:
+    repeated = {}
+    for name, value in inputs.items():
+        if name in _LABELS:
+            continue
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
-            return torch.cat([value] * count)
-        return value
-
-    return {key: repeat(value) for key, value in inputs.items() if key not in _LABELS}
+            value = torch.cat([value] * count)
+        repeated[name] = value
+    return repeated
 
 
 def part_of(outputs: Mapping[str, Any], i: int, rows: int, subnet: Subnet) -> ModelOutput:
-    """What the i-th subnet gave: its rows; of hidden states, those of its layers, as wide as it is, and of what goes
-    into a head that is left out, as much as it has."""
+    """Returns what the i-th subnet gave: rows i * rows to (i + 1) * rows of each tensor.
 
-    def cut(value: Any) -> Any:
-        return value[i * rows : (i + 1) * rows] if isinstance(value, Tensor) else None
-
-    found = {key: cut(value) for key, value in outputs.items() if isinstance(value, Tensor)}
-    if HEAD_INPUT in found:
-        found[HEAD_INPUT] = found[HEAD_INPUT][..., : subnet.hidden]
-    if (states := outputs.get("hidden_states")) is not None:
+    Hidden states are those of the subnet's layers. They, and what goes into a head that is left out, are as wide as
+    the subnet is.
+    """
+    own_rows = slice(i * rows, (i + 1) * rows)
+    part: dict[str, Any] = {name: value[own_rows] for name, value in outputs.items() if isinstance(value, Tensor)}
+    if HEAD_INPUT in part:
+        part[HEAD_INPUT] = part[HEAD_INPUT][..., : subnet.hidden]
+    states = outputs.get("hidden_states")
+    if states is not None:
+        # state 0 is what goes into the first layer
         kept = [0, *(layer + 1 for layer in subnet.layers)]
-        found["hidden_states"] = tuple(cut(states[k])[..., : subnet.hidden] for k in kept)
-    return ModelOutput(found)
+        part["hidden_states"] = tuple(states[k][own_rows, ..., : subnet.hidden] for k in kept)
+    return ModelOutput(part)
 
 
-class Computed(nn.Module):
-    """Stands for a model whose outputs are there already: called with labels it adds the loss the model would have."""
+class ComputedOutputs(nn.Module):
+    """Stands for a model whose outputs are there already: called with labels it adds the loss the model would have.
+
+    Args:
+        model: whose loss function and name it has.
+        outputs: what it returns.
+    """
 
     def __init__(self, model: Any, outputs: ModelOutput) -> None:
         super().__init__()
-        self._model, self._outputs = (model,), outputs  # in a tuple: not a submodule
+        self._model = (model,)  # in a tuple: not a submodule
+        self._outputs = outputs
 
     def forward(
         self,
@@ -61,20 +73,26 @@ class Computed(nn.Module):
         num_items_in_batch: Any = None,
         **inputs: Any,
     ) -> ModelOutput:
+        """Returns the outputs, with a loss where there are labels; takes what `Trainer.compute_loss` gives a model."""
         (model,), outputs = self._model, self._outputs
-        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        options = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         if start_positions is not None:
-            ends = outputs["start_logits"], outputs["end_logits"]
-            loss = model.loss_function(*ends, start_positions, end_positions, **extra)
+            start, end = outputs["start_logits"], outputs["end_logits"]
+            loss = model.loss_function(start, end, start_positions, end_positions, **options)
         elif labels is not None:
             logits = outputs["logits"]
-            vocabulary = {"vocab_size": logits.shape[-1]}
             loss = model.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=model.config, **vocabulary, **extra
+                logits=logits,
+                labels=labels,
+                pooled_logits=logits,
+                config=model.config,
+                vocab_size=logits.shape[-1],
+                **options,
             )
         else:
             return outputs
         return ModelOutput({"loss": loss, **outputs})
 
     def _get_name(self) -> str:
+        """Returns the model's name: the Trainer shifts the labels of causal language models by it."""
         return type(self._model[0]).__name__

@@ -1,6 +1,7 @@
 """What a training run leaves on disk, and which of it is whole."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -13,8 +14,45 @@ from mlfs.supernet.checkpoint import CONFIG_NAME, read_values
 logger = logging.get_logger("transformers.mlfs")
 
 
+def stage_folder(run: Path, stage: int) -> Path:
+    """Returns where a run keeps a stage: its checkpoints, and the super-transformer once the stage is done."""
+    return run / f"stage-{stage}"
+
+
+def resume_point(run: Path, stages: Sequence[int], resume: str | bool | None) -> tuple[Path, Path | None]:
+    """Finds where a run goes on.
+
+    Args:
+        run: the run folder of the arguments.
+        stages: that are to train.
+        resume: whether to go on in `run`; or the path of another run folder, or of one checkpoint in it.
+
+    Returns:
+        The run folder to go on in, and the newest whole checkpoint of its first unfinished stage; None for none.
+
+    Raises:
+        MLFSError: a path without a folder, or a checkpoint that is half-written.
+    """
+    if not resume:
+        return run, None
+    if isinstance(resume, str):
+        given = Path(resume)
+        if not given.is_dir():
+            raise MLFSError(f"resume_from_checkpoint={resume}: no such folder; give a run folder or a checkpoint in it")
+        if given.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if not is_whole(given):
+                raise MLFSError(f"checkpoint {given} is half-written: resume from the run folder, it finds a whole one")
+            return given.parent.parent, given
+        run = given
+    for stage in stages:
+        folder = stage_folder(run, stage)
+        if not is_saved(folder):
+            return run, last_checkpoint(folder)
+    return run, None
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that was written whole; None if there is none."""
+    """Finds the newest checkpoint of a stage that was written whole; None if there is none."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.rpartition("-")[2]

@@ -1,7 +1,8 @@
 """`MLFSTrainer`: the three stages of MLFS (arXiv 2404.01353) as a transformers Trainer.
 
-`train()` runs one ordinary Trainer run per stage, each with its own optimizer and schedule, in `output_dir/stage-S`:
-checkpoints while it runs, the saved super-transformer once it is done. `output_dir` itself holds the newest one done.
+`train()` is one ordinary Trainer run per stage, each with its own optimizer and schedule, in `output_dir/stage-S`:
+checkpoints while the stage trains, the saved super-transformer once it is done. `output_dir` itself holds what the
+newest stage that is done has saved.
 """
 
 import itertools
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -27,21 +27,22 @@ from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
-from mlfs.training.runs import is_saved, is_whole, last_checkpoint
+from mlfs.training.distributed import sum_scores
+from mlfs.training.runs import is_saved, last_checkpoint, resume_point, stage_folder
 from mlfs.training.step import SubnetTrainer
 
 logger = logging.get_logger("transformers.mlfs")
-_DISTILLER = "projections.safetensors"
+_PROJECTIONS = "projections.safetensors"
 
 
 class MLFSTrainer(SubnetTrainer):
-    """Trains a super-transformer; everything a `transformers.Trainer` takes and does.
+    """Trains a super-transformer; takes and does everything that a `transformers.Trainer` does.
 
     Args:
         model: a `SuperTransformer`, or a transformers model to make one of (with `space` and the rank of `args`).
         args: the options.
         space: the sizes on offer, if `model` is not a SuperTransformer yet.
-        **kwargs: of `transformers.Trainer`; `optimizers` and `model_init` are not taken, each stage makes its own.
+        **kwargs: of `transformers.Trainer`, save `optimizers` and `model_init`: each stage makes its own.
 
     Raises:
         MLFSError: options that do not fit together or the model.
@@ -84,65 +85,102 @@ class MLFSTrainer(SubnetTrainer):
         Args:
             resume_from_checkpoint: True goes on in `output_dir` from the last whole checkpoint, or from the start if
                 there is none; a path names the run folder, or one checkpoint in it.
+
+        Returns:
+            Steps of all stages, the training loss of the last one, and metrics by names `stage_S_METRIC`.
+
+        Raises:
+            MLFSError: another run in `output_dir`; nothing whole to resume from; a loss that is not finite.
         """
-        run, checkpoint = self._resume_point(resume_from_checkpoint)
+        args = self.args
+        run, checkpoint = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
         if not resume_from_checkpoint:
             self._make_room()
-        settings = {name: getattr(self.args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
+        settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         output, self._step_offset = TrainOutput(0, 0.0, {}), 0
         try:
-            for stage in self.args.stages_to_train:
-                self.stage = stage
-                folder = self._stage_folder(run)
-                if resume_from_checkpoint and (checkpoint is None or checkpoint.parent != folder) and is_saved(folder):
-                    self.supernet.restore(folder)
-                    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-                    history += state["log_history"]
-                    self._step_offset += state["global_step"]
-                    continue
-                here = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
-                self._enter_stage(settings, fresh=here is None)
-                output = super().train(resume_from_checkpoint=str(here) if here else None, **kwargs)
-                self._leave_stage()
-                history += self.state.log_history
-                metrics |= {f"stage_{stage}_{key}": value for key, value in output.metrics.items()}
-                self._step_offset += self.state.global_step
+            for self.stage in args.stages_to_train:
+                folder = stage_folder(run, self.stage)
+                begun = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
+                if resume_from_checkpoint and begun is None and is_saved(folder):
+                    logs, steps = self._restore_stage(folder)
+                else:
+                    output = self._train_stage(settings, begun, **kwargs)
+                    logs, steps = self.state.log_history, self.state.global_step
+                    metrics |= {f"stage_{self.stage}_{name}": value for name, value in output.metrics.items()}
+                history += logs
+                self._step_offset += steps
         finally:
             for name, value in settings.items():
-                setattr(self.args, name, value)
+                setattr(args, name, value)
             self.supernet.merge_stages(0)
         self.state.log_history = history
-        if self.args.should_save:
+        if args.should_save:
             write_json(self.run_folder / "log_history.json", history)
         return TrainOutput(self._step_offset, output.training_loss, metrics)
 
+    def _restore_stage(self, folder: Path) -> tuple[list[dict[str, Any]], int]:
+        """Reads a stage that is done; returns its logs and its number of steps."""
+        self.supernet.restore(folder)
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return state["log_history"], state["global_step"]
+
+    def _train_stage(self, settings: Mapping[str, Any], begun: Path | None, **kwargs: Any) -> TrainOutput:
+        """Trains and saves one stage, from the checkpoint `begun` on if there is one."""
+        self._enter_stage(settings, fresh=begun is None)
+        output = super().train(resume_from_checkpoint=None if begun is None else str(begun), **kwargs)
+        self._leave_stage()
+        return output
+
     def _enter_stage(self, settings: Mapping[str, Any], fresh: bool) -> None:
+        """Readies arguments, weights and random numbers for the stage.
+
+        Args:
+            settings: what the arguments say for all stages.
+            fresh: whether the stage starts at its beginning, not from a checkpoint.
+        """
         args, stage = self.args, self.stage
-        args.learning_rate = args.of_stage("stage_learning_rates", stage, settings["learning_rate"])
-        args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
-        steps = args.of_stage("stage_steps", stage, None)
-        args.max_steps = int(steps) if steps else -1 if args.stage_epochs else settings["max_steps"]
+        self._set_length_and_rate(settings)
         # Seeded per stage, a stage runs the same whether the one before ran in this process or in an earlier one.
         set_seed(args.seed + stage)
         self.supernet.merge_stages(0)
         self.supernet.train_stage(None)
         if fresh and stage > 0 and args.order != "none" and not self.supernet.permutation:
             self._order()
-        self.supernet.train_stage(stage, head=args.train_head, norms=args.train_norms)
-        self.supernet.merge_stages(stage if args.merge_stages else 0)
+        self._let_train()
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.supernet.model
         set_seed(args.seed + stage)
 
+    def _set_length_and_rate(self, settings: Mapping[str, Any]) -> None:
+        """Has the arguments say how long the stage is, and its learning rate."""
+        args, stage = self.args, self.stage
+        args.learning_rate = args.of_stage("stage_learning_rates", stage, settings["learning_rate"])
+        args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
+        steps = args.of_stage("stage_steps", stage, None)
+        if steps:
+            args.max_steps = int(steps)
+        elif args.stage_epochs:
+            args.max_steps = -1  # epochs count
+        else:
+            args.max_steps = settings["max_steps"]
+
+    def _let_train(self) -> None:
+        """Lets the stage's adapters (head, norms) train, and merges the stages before."""
+        self.supernet.train_stage(self.stage, head=self.args.train_head, norms=self.args.train_norms)
+        self.supernet.merge_stages(self.stage if self.args.merge_stages else 0)
+
     def _leave_stage(self) -> None:
-        # autocast and the like are put on `forward` by accelerate, once per run
+        """Saves the stage, and leaves the model as it was before it was prepared."""
+        # accelerate puts autocast and the like on the model's `forward`, and would not do it again for the next stage,
+        # whose model it takes for prepared; what it leaves there is taken off, as no public function of it does.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        for name in ("forward", "_is_accelerate_prepared"):  # the next stage is prepared anew
+        for name in ("forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)
         self.supernet.merge_stages(0)
-        folder = self._stage_folder(self.run_folder)
+        folder = stage_folder(self.run_folder, self.stage)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -152,22 +190,19 @@ class MLFSTrainer(SubnetTrainer):
         self.accelerator.wait_for_everyone()
 
     def _order(self) -> None:
+        """Ranks the units by the first training batches, and orders them so."""
         batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
         prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
         scores = self.supernet.importance(self.args.order, prepared)  # type: ignore[arg-type]
-        if self.accelerator.num_processes > 1:  # each process saw its own batches; all need one order
-            for key in sorted(scores, key=str):
-                total = scores[key].to(self.args.device)
-                dist.all_reduce(total)
-                scores[key] = total.cpu()
+        sum_scores(scores, self.accelerator.num_processes, self.args.device)
         self.supernet.apply_permutation(permutation_of(scores))
 
     # ---- optimizer and logs ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer over what trains in this stage, learned projections included."""
+        """Makes the Trainer's optimizer over what trains in this stage, learned projections included."""
         optimizer = super().create_optimizer(model)
-        projections = [p for p in self.distiller.parameters() if p.requires_grad]
+        projections = [parameter for parameter in self.distance.parameters() if parameter.requires_grad]
         if projections and self.stage > 0:
             optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
         return optimizer
@@ -175,9 +210,7 @@ class MLFSTrainer(SubnetTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the stage and the mean losses of maxnet, minnet and the rest; steps count on through the stages."""
         if "loss" in logs:
-            for key, value in sorted(self._sums.items()):
-                logs[key] = (value / self._counts[key]).item()
-            self._sums, self._counts = {}, {}
+            logs |= self.means.take()
         if self.is_in_train:
             logs["stage"] = self.stage
         self.state.global_step += self._step_offset
@@ -187,46 +220,21 @@ class MLFSTrainer(SubnetTrainer):
             self.state.global_step -= self._step_offset
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
-        """The palette; while stage 0 trains, the full model."""
-        return {"max": self.supernet.space.max} if self.is_in_train and self.stage == 0 else self.palette
+        """Returns the palette; while stage 0 trains, the full model."""
+        if self.is_in_train and self.stage == 0:
+            return {"max": self.supernet.space.max}
+        return self.palette
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
-
-    def _stage_folder(self, run: Path) -> Path:
-        return run / f"stage-{self.stage}"
 
     def _get_output_dir(self, trial: Any) -> str:
         if trial is not None:
             raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
-        return str(self._stage_folder(self.run_folder))
-
-    def _resume_point(self, resume: str | bool | None) -> tuple[Path, Path | None]:
-        """The run folder to go on in, and the newest whole checkpoint of its first unfinished stage."""
-        run = self.run_folder
-        if not resume:
-            return run, None
-        if isinstance(resume, str):
-            given = Path(resume)
-            if not given.is_dir():
-                raise MLFSError(
-                    f"resume_from_checkpoint={resume}: no such folder; give a run folder or a checkpoint in it"
-                )
-            if given.name.startswith(PREFIX_CHECKPOINT_DIR):
-                if not is_whole(given):
-                    raise MLFSError(
-                        f"checkpoint {given} is half-written: resume from the run folder, it finds a whole one"
-                    )
-                return given.parent.parent, given
-            run = given
-        for stage in self.args.stages_to_train:
-            folder = run / f"stage-{stage}"
-            if not is_saved(folder):
-                return run, last_checkpoint(folder)
-        return run, None
+        return str(stage_folder(self.run_folder, self.stage))
 
     def _make_room(self) -> None:
         """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
-        folders = [self.run_folder / f"stage-{stage}" for stage in self.args.stages_to_train]
+        folders = [stage_folder(self.run_folder, stage) for stage in self.args.stages_to_train]
         taken = [folder for folder in folders if folder.exists()]
         if taken and not self.args.overwrite_run:
             raise MLFSError(
@@ -254,10 +262,11 @@ class MLFSTrainer(SubnetTrainer):
             return
         path = Path(output_dir or self.run_folder)
         path.mkdir(parents=True, exist_ok=True)
-        if any(p.requires_grad for p in self.distiller.parameters()):
-            save_file(
-                {n: p.detach().cpu().contiguous() for n, p in self.distiller.named_parameters()}, path / _DISTILLER
-            )
+        if any(parameter.requires_grad for parameter in self.distance.parameters()):
+            projections = {
+                name: parameter.detach().cpu().contiguous() for name, parameter in self.distance.named_parameters()
+            }
+            save_file(projections, path / _PROJECTIONS)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(path)
         (path / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
@@ -266,10 +275,9 @@ class MLFSTrainer(SubnetTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
         self.supernet.restore(path)
-        if (path / _DISTILLER).exists():
-            self.distiller.load_state_dict(load_file(path / _DISTILLER))
-        self.supernet.train_stage(self.stage, head=self.args.train_head, norms=self.args.train_norms)
-        self.supernet.merge_stages(self.stage if self.args.merge_stages else 0)
+        if (path / _PROJECTIONS).exists():
+            self.distance.load_state_dict(load_file(path / _PROJECTIONS))
+        self._let_train()
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

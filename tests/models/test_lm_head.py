@@ -13,7 +13,7 @@ from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.models.fused.lm_head import HEAD_INPUT, vocabulary_head, without_logits
 from mlfs.ops.backend import BACKENDS
 from tests.tiny_models import all_models, inputs, make
-from tests.training.test_trainer import ONE_STEP, SPACE, one_step, rows, trainer
+from tests.trainers import ONE_STEP, SPACE, one_step, rows, trainer
 
 CAUSAL = [("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM"), ("gpt_neox", "ForCausalLM")]
 MASKED = [("bert", "ForMaskedLM"), ("roberta", "ForMaskedLM"), ("distilbert", "ForMaskedLM")]
@@ -28,15 +28,15 @@ def batch_of(count: int = 4) -> dict[str, torch.Tensor]:
 
 
 def step(folder: Path, name: str, suffix: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
-    """(loss, gradients, recorded parts, whether the head was deferred) of one step."""
+    """(loss, gradients, recorded parts, whether the head was left out) of one step."""
     batch = batch_of()
     items = None if "Masked" in suffix else batch["labels"][:, 1:].ne(-100).sum() * 3
     supernet = SuperTransformer(make(name, suffix, dtype=dtype), SPACE, rank=2)
     options = {"temperature": 2.0, **ONE_STEP, **options}
     t = trainer(folder, name, suffix, supernet=supernet, **options)
-    deferred = t._head_to_defer(batch) is not None
+    left_out = t._head_to_leave_out(batch) is not None
     loss, gradients = one_step(t, batch, items)
-    return loss, gradients, dict(t._sums), deferred
+    return loss, gradients, dict(t.means.sums), left_out
 
 
 def assert_equal(found: tuple[Any, ...], goal: tuple[Any, ...], tolerance: float) -> None:
@@ -130,6 +130,7 @@ def test_every_language_model_of_the_table_has_a_head_to_leave_out(name, suffix)
         assert head is model.get_output_embeddings() and not model.training
         outputs = without_logits(model, head, {**inputs(), "labels": inputs()["input_ids"]})
         assert "logits" not in outputs and "loss" not in outputs and "forward" not in vars(head)
+        assert not head._forward_pre_hooks
         torch.testing.assert_close(head(outputs[HEAD_INPUT]), model(**inputs()).logits)
 
 
@@ -164,26 +165,26 @@ def test_a_loss_of_ones_own_gets_logits(tmp_path, monkeypatch):
 
     t = trainer(tmp_path, "gpt2", "LMHeadModel", **ONE_STEP)
     batch = batch_of()
-    assert t._head_to_defer(batch) is t.supernet.model.get_output_embeddings()
-    assert t._head_to_defer({"input_ids": batch["input_ids"]}) is None
-    assert t._head_to_defer({**batch, "shift_labels": batch["labels"]}) is None
+    assert t._head_to_leave_out(batch) is t.supernet.model.get_output_embeddings()
+    assert t._head_to_leave_out({"input_ids": batch["input_ids"]}) is None
+    assert t._head_to_leave_out({**batch, "shift_labels": batch["labels"]}) is None
     t.label_smoother = lambda *args, **kwargs: torch.zeros(())
-    assert t._head_to_defer(batch) is None
+    assert t._head_to_leave_out(batch) is None
     t.label_smoother = None
     t.compute_loss_func = own
-    assert t._head_to_defer(batch) is None
+    assert t._head_to_leave_out(batch) is None
     one_step(t, batch, None)
     t.compute_loss_func = None
     t.supernet.model.get_output_embeddings().train_base(True)
-    assert t._head_to_defer(batch) is None
+    assert t._head_to_leave_out(batch) is None
     other = Overriding(t.supernet, t.args, train_dataset=rows(4, causal=True))
     other.supernet.train_stage(2)
     other.supernet.model.get_output_embeddings().train_base(False)
-    assert other._head_to_defer(batch) is None
+    assert other._head_to_leave_out(batch) is None
     one_step(other, batch, None)
     assert len(seen) == 4
     monkeypatch.setattr(t, "compute_loss", lambda *args, **kwargs: Trainer.compute_loss(t, *args, **kwargs))
-    assert t._head_to_defer(batch) is None
+    assert t._head_to_leave_out(batch) is None
 
 
 def test_the_head_is_itself_again_after_an_error():
@@ -191,5 +192,5 @@ def test_the_head_is_itself_again_after_an_error():
     head = vocabulary_head(model)
     with pytest.raises(ValueError):
         without_logits(model, head, {})
-    assert "forward" not in vars(head)
+    assert "forward" not in vars(head) and not head._forward_pre_hooks
     assert model(**inputs()).logits.shape[-1] == head.out_features

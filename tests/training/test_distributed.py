@@ -14,7 +14,7 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 from safetensors.torch import save_file
-from tests.training.test_trainer import own, trainer
+from tests.trainers import own, trainer
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 t = trainer(folder, dropout_stages=[], per_device_train_batch_size=size, stage_steps=[3], save_strategy="no",
             train_sampling_strategy="sequential", order=sys.argv[3], distill_beta=[0.0], optim="sgd", max_grad_norm=0.0)

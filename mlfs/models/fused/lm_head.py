@@ -1,5 +1,5 @@
-"""Language models without logits: the head over the vocabulary is left out of the forward pass, and its loss computed
-from what goes into it (`mlfs.ops.head_loss`). Everything else of the model runs as ever."""
+"""Language models without logits: the head over the vocabulary (the LM head) is left out of the forward pass, so that
+its loss can be computed from what goes into it (`mlfs.ops.head_loss`). Everything else of the model runs as ever."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,44 +13,62 @@ from transformers.utils import ModelOutput
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.ops.backend import in_autocast_type
 
-HEAD_INPUT = "head_input"  # among the outputs of a model without logits: (batch, tokens, hidden)
+HEAD_INPUT = "head_input"  # among the outputs of a model without logits: (batch, tokens, hidden size)
 
 
 def vocabulary_head(model: PreTrainedModel) -> ElasticLinear | None:
-    """The layer whose outputs are the logits of a causal or masked language model; None where there is no such layer,
-    where the model does more to its logits (scales or caps them), or has a loss of its own."""
+    """Finds the layer whose outputs are the logits of a causal or masked language model.
+
+    Returns:
+        The layer; None where there is no such layer, where the model does more to its logits (scales or caps them), or
+        has a loss of its own.
+    """
     names = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()]
     if type(model).__name__ not in names or "_loss_function" in vars(model):
         return None
     head = model.get_output_embeddings()
-    if not isinstance(head, ElasticLinear) or head.stages or head.transposed or "forward" in vars(head):
+    if not isinstance(head, ElasticLinear) or head.stages or head.transposed:
+        return None
+    if "forward" in vars(head):  # somebody has put another in its place
         return None
     return head if _gives_the_logits(head, model) else None
 
 
 def without_logits(model: nn.Module, head: ElasticLinear, inputs: Mapping[str, Any]) -> ModelOutput:
-    """What the model gives for `inputs`, with what goes into its head (HEAD_INPUT) instead of loss and logits."""
-    given: list[Tensor] = []
+    """Runs a model without its head.
 
-    def forward(x: Tensor) -> Tensor:
-        given.append(in_autocast_type(x))
-        return x[..., :0]
+    Args:
+        model: the model, or what wraps it.
+        head: the model's `vocabulary_head`.
+        inputs: of the model; labels among them are not used.
 
-    head.__dict__["forward"] = forward  # hides the method of this one layer
+    Returns:
+        What the model gives for `inputs`, with what goes into its head, HEAD_INPUT, instead of loss and logits.
+    """
+    head_inputs: list[Tensor] = []
+
+    def keep_input(_: nn.Module, args: tuple[Tensor], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        head_input = in_autocast_type(args[0])
+        head_inputs.append(head_input)
+        # Of all columns of the logits one is made, and not used: a layer cannot be told to make none.
+        return (head_input,), {**options, "out_features": 1}
+
+    hook = head.register_forward_pre_hook(keep_input, with_kwargs=True)
     try:
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     finally:
-        del head.__dict__["forward"]
-    (x,) = given
-    return ModelOutput({**{key: value for key, value in outputs.items() if key != "logits"}, HEAD_INPUT: x})
+        hook.remove()
+    (head_input,) = head_inputs
+    kept = {name: value for name, value in outputs.items() if name != "logits"}
+    return ModelOutput({**kept, HEAD_INPUT: head_input})
 
 
 @torch.no_grad()
 def _gives_the_logits(head: ElasticLinear, model: PreTrainedModel) -> bool:
-    """Tried out on two tokens."""
-    given: list[Tensor] = []
+    """Tries out, on two tokens, whether the model hands on what its head gives as it is."""
+    head_outputs: list[Tensor] = []
     modes = [(module, module.training) for module in model.modules()]
-    hook = head.register_forward_hook(lambda module, args, output: given.append(output))
+    hook = head.register_forward_hook(lambda module, args, output: head_outputs.append(output))
     try:
         model.eval()  # draws no random numbers
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device)).logits
@@ -58,4 +76,4 @@ def _gives_the_logits(head: ElasticLinear, model: PreTrainedModel) -> bool:
         hook.remove()
         for module, mode in modes:
             module.training = mode
-    return len(given) == 1 and torch.equal(logits, given[0])
+    return len(head_outputs) == 1 and torch.equal(logits, head_outputs[0])

@@ -107,11 +107,11 @@ def test_training_skips_the_padding_and_features_are_compared_token_by_token(com
 @pytest.mark.parametrize("masked", [True, False])
 def test_features_are_the_same_with_and_without_padding(masked, compiled):
     """Also of a subnet whose last state, which has its padding again, is compared with one that has not."""
-    from mlfs.training.distillation import Distiller
+    from mlfs.training.distillation import HiddenStateDistance
 
     space = SearchSpace((48, 24), (6, 2), (40, 16), ((0, 1, 2, 3), (0, 1)))
     supernet = perturb(SuperTransformer(make("bert", "ForSequenceClassification", dtype=torch.float64), space))
-    distiller = Distiller(48, 4, 0.5, [0.1]).double()
+    distance = HiddenStateDistance(48, 4, [0.1]).double()
     batch = inputs() if masked else {"input_ids": inputs()["input_ids"]}
     losses = []
     for packs in (True, False):
@@ -119,8 +119,7 @@ def test_features_are_the_same_with_and_without_padding(masked, compiled):
         for subnet in (space.min, space.max):
             with torch.no_grad(), supernet.activate(subnet), without_padding(packs):
                 states.append(supernet(**batch, output_hidden_states=True))
-        zero, mask = torch.zeros((), dtype=torch.float64), batch.get("attention_mask")
-        losses.append(distiller.add_features(zero, {}, space.min, *states, mask)[0])
+        losses.append(distance(space.min, *states, batch.get("attention_mask")))
     assert losses[0] > 0
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 

@@ -1,0 +1,111 @@
+"""The loss of a subnet (arXiv 2404.01353, section 3): its task's, and what it learns from maxnet, its teacher:
+
+L_j = (1 - α) task_j + α KL(maxnet || j) + Σ_l β_{g(l)} feature_{j,l}
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mlfs.models.fused.lm_head import HEAD_INPUT
+from mlfs.ops.head_loss import head_loss
+from mlfs.space.subnet import Subnet
+from mlfs.training.batch import Batch
+from mlfs.training.distillation import HiddenStateDistance
+from mlfs.training.task import Task
+
+
+class LossOfSubnet(NamedTuple):
+    """A loss, with its graph, and the parts of it that are logged, without."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class SubnetLoss:
+    """L_j of the formula above, from logits or from what goes into the LM head.
+
+    Args:
+        task: what kind of outputs the model has.
+        distance: of the hidden states.
+        alpha: α, the share of the divergence, 0 to 1.
+        temperature: of the divergence.
+    """
+
+    def __init__(self, task: Task, distance: HiddenStateDistance, alpha: float, temperature: float) -> None:
+        self.task, self.distance = task, distance
+        self.alpha, self.temperature = alpha, temperature
+
+    def __call__(
+        self,
+        batch: Batch,
+        subnet: Subnet,
+        outputs: Mapping[str, Any],
+        task_loss: Tensor | None = None,
+        teacher: Mapping[str, Any] | None = None,
+    ) -> LossOfSubnet:
+        """Computes the loss of one subnet.
+
+        Args:
+            outputs: what the model gave at the size of `subnet`: with logits, or, where the batch has a head, with
+                HEAD_INPUT; with hidden_states where there is a teacher and `distance.is_used`.
+            task_loss: scalar; None where the batch has a head: it is computed from what goes into that.
+            teacher: maxnet's outputs, without their graph. None for maxnet itself, whose loss is its task's alone.
+        """
+        share = 1.0 if teacher is None else self._share(batch)
+        if batch.head is not None:
+            loss, parts = self._from_head_input(batch, outputs, teacher)
+        else:
+            assert task_loss is not None
+            loss, parts = self._from_logits(batch, outputs, task_loss, teacher, share)
+        if teacher is not None and self.distance.is_used:
+            distance = self.distance(subnet, outputs, teacher, batch.inputs.get("attention_mask"))
+            feature = share * distance
+            loss = loss + feature
+            parts["feature"] = feature.detach()
+        parts["loss"] = loss.detach()
+        return LossOfSubnet(loss, parts)
+
+    def _from_logits(
+        self,
+        batch: Batch,
+        outputs: Mapping[str, Any],
+        task_loss: Tensor,
+        teacher: Mapping[str, Any] | None,
+        share: Tensor | float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if teacher is None:
+            return task_loss, {}
+        kl = share * self.task.divergence(outputs, teacher, batch.inputs, self.temperature)
+        loss = (1 - self.alpha) * task_loss + self.alpha * kl
+        return loss, {"task": task_loss.detach(), "kl": kl.detach()}
+
+    def _from_head_input(
+        self, batch: Batch, outputs: Mapping[str, Any], teacher: Mapping[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes what `_from_logits` does, without logits. The operator weighs task and divergence itself: it makes
+        the gradient of their sum in the same pass."""
+        head = batch.head
+        assert head is not None
+        targets = self.task.targets(batch.inputs["labels"])
+        sums = head_loss(
+            outputs[HEAD_INPUT],
+            head.weight,
+            head.bias,
+            targets,
+            teacher=None if teacher is None else teacher[HEAD_INPUT],
+            alpha=self.alpha,
+            temperature=self.temperature,
+            smoothing=batch.smoothing,
+        )
+        items = batch.accumulation.items(targets)
+        loss, task_loss, kl = (value / items for value in sums)
+        if teacher is None:
+            return loss, {}
+        return loss, {"task": task_loss, "kl": kl}
+
+    def _share(self, batch: Batch) -> Tensor | float:
+        labels = batch.inputs.get("labels")
+        targets = None if labels is None else self.task.targets(labels)
+        return batch.accumulation.share(targets)
