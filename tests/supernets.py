@@ -1,4 +1,4 @@
-"""Super-transformers of the small models in tests/models.py, with stages that matter, and how to compare them."""
+"""Super-transformers of the small models in tests/tiny_models.py, with stages that matter, and how to compare them."""
 
 import torch
 from torch import Tensor, nn
