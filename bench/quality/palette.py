@@ -34,7 +34,7 @@ from bench.environment import environment
 from mlfs import MLFSArguments, MLFSTrainer, SearchSpace, Subnet, SuperTransformer
 from mlfs.commands.bases import load_model, load_tokenizer
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData, load_raw
+from mlfs.data.raw import RawData, load_raw
 from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM

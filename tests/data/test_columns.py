@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import prepare
+from mlfs.data.raw import prepare
 from tests.helpers.data import one_line_error, prepared
 
 

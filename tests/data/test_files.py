@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData, load_raw
+from mlfs.data.raw import RawData, load_raw
 from tests.helpers.data import Load, one_line_error
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"

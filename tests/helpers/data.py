@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData, load_raw, prepare
+from mlfs.data.raw import RawData, load_raw, prepare
 from mlfs.errors import MLFSError
 
 

@@ -1,6 +1,6 @@
 """Training and validation data are prepared alike: the same checks, the same label ids, fixed samples."""
 
-from mlfs.data.prepare import load_raw
+from mlfs.data.raw import load_raw
 from tests.helpers.data import one_line_error, prepared
 
 
