@@ -2,8 +2,8 @@
 
 
 class MLFSError(Exception):
-    """Something the caller can put right: a bad argument, a bad file, a sub-transformer outside the space.
+    """Reports something that the caller can put right: a bad argument, a bad file, a subnet outside the space.
 
     The message is one line: what was wrong, what was expected, what to do. The command line prints it without a
-    traceback; anything else that escapes is a defect of the package.
+    traceback; any other exception that reaches the user is a defect of the package.
     """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Writes files that are whole or not there: under a temporary name first, then renamed."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,12 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one step: under a temporary name, then renamed."""
+    """Writes `value` as a JSON file, which no reader ever sees half-written. Lists of numbers take one line each.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+        TypeError: JSON cannot state the value.
+    """
     with temporary_file(path.parent, ".json") as temporary:
         text = json.dumps(value, indent=1, separators=(",", ": "))
         Path(temporary).write_text(_short_lists(text) + "\n", encoding="utf-8")
@@ -20,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def hash_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hex digits."""
+    """Returns the SHA-256 of a file's bytes, as 64 hex digits."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -30,10 +35,11 @@ def hash_file(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, suffix: str) -> Iterator[str]:
-    """Yields the name of a new file in `folder`, which is removed with the block unless it was renamed."""
+    """Yields the name of a new, empty file in `folder`; unless it was renamed, it is removed when the block ends."""
     handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=folder)
     os.close(handle)
-    os.umask(mask := os.umask(0))
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
     os.chmod(name, 0o666 & ~mask)  # as an ordinary file; mkstemp's are the owner's alone
     try:
         yield name

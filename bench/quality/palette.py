@@ -11,20 +11,30 @@ the same slices (leading ones of the pretrained weights). Accuracy on the 872 de
 
 import argparse
 import json
-import os
-import platform
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
+from bench.environment import environment
 from mlfs import MLFSArguments, MLFSTrainer, SearchSpace, Subnet, SuperTransformer
 from mlfs.commands.bases import load_model, load_tokenizer
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData, load_raw
+from mlfs.data.raw import RawData, load_raw
 from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
@@ -47,7 +57,7 @@ SIZES = (
 ALPHA = 0.9  # share of the KL divergence, on both sides
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[3] / "shared" / "data" / "glue" / "SST-2")
     parser.add_argument("--only", choices=["mlfs", "peft"], help="run one side")
@@ -56,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the recorded results and stop")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="an option of MLFSArguments")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if not given.table:
         run(given)
     print(show(json.loads(given.output.read_text())))
@@ -73,24 +83,56 @@ def run(given: argparse.Namespace) -> None:
     raw, tokenizer = load_raw(data), load_tokenizer(MINILM)
     sets = tokenize(raw, tokenizer, data)
     result: dict[str, Any] = json.loads(given.output.read_text()) if given.output.exists() else {}
-    result |= {
-        "machine": f"{os.cpu_count()} cores, {cpu_name()}",
-        "torch": torch.__version__,
-        "sentences": given.sentences,
-        "seed": given.seed,
-    }
-    sides = {"mlfs": train_palette, "peft": train_twins}
-    for side in [given.only] if given.only else list(sides):
-        options = {name: json.loads(value) for name, _, value in (word.partition("=") for word in given.set)}
-        sides[side](raw, tokenizer, sets, given.seed, result, given.output, options)
+    result["sentences"] = given.sentences
+    inputs = Inputs(raw, tokenizer, sets["train"], sets["validation"])
+    options = {name: json.loads(value) for name, _, value in (word.partition("=") for word in given.set)}
+
+    def keep(side: str, found: dict[str, Any]) -> None:
+        result[side] = found
+        result.setdefault("environments", {})[side] = origin
+        write_json(given.output, result)
+
+    origin = environment(given.seed)
+    if given.only != "peft":
+        result["parameters"], found = train_palette(inputs, given.seed, options)
+        keep("mlfs", found)
+    if given.only != "mlfs":
+        for twins in train_twins(inputs, given.seed):
+            keep("peft", twins)
 
 
-def train_palette(
-    raw: RawData, tokenizer: Any, sets: Any, seed: int, result: dict[str, Any], output: Path, options: dict[str, Any]
-) -> None:
-    """One super-transformer; records the time of each stage and each size's accuracy after each."""
+@dataclass(frozen=True)
+class Inputs:
+    """What both sides are trained and validated on: the same token ids."""
+
+    raw: RawData
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+
+    def of_trainer(self) -> dict[str, Any]:
+        """The arguments of a Trainer that say what it reads, and how it measures."""
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.validation,
+            "processing_class": self.tokenizer,
+            "data_collator": DataCollatorWithPadding(self.tokenizer),
+            "compute_metrics": accuracy,
+        }
+
+
+def train_palette(inputs: Inputs, seed: int, options: dict[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Trains one super-transformer.
+
+    Args:
+        options: of `MLFSArguments`, in place of those below.
+
+    Returns:
+        The parameters of each size; and the seconds of the run and of each stage, each size's accuracy after the last
+        step, the options, and the history of losses.
+    """
     set_seed(seed)
-    supernet = SuperTransformer(load_model(MINILM, raw, tokenizer), SPACE)
+    supernet = SuperTransformer(load_model(MINILM, inputs.raw, inputs.tokenizer), SPACE)
     settings: dict[str, Any] = {
         "stage_epochs": [1.0, 0.5, 0.5],
         "learning_rate": 1e-3,
@@ -99,65 +141,73 @@ def train_palette(
         **options,
     }
     args = MLFSArguments(
-        output_dir="runs/palette_quality", seed=seed, per_device_train_batch_size=32, per_device_eval_batch_size=32,
-        logging_steps=25, save_strategy="no", report_to=[], overwrite_run=True, **settings,
-    )  # fmt: skip
+        output_dir="runs/palette_quality",
+        seed=seed,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        logging_steps=25,
+        save_strategy="no",
+        report_to=[],
+        overwrite_run=True,
+        **settings,
+    )
     start = time.perf_counter()
-    trainer = MLFSTrainer(
-        supernet, args, train_dataset=sets["train"], eval_dataset=sets["validation"], processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
-    )  # fmt: skip
-    output_metrics = trainer.train().metrics
+    trainer = MLFSTrainer(supernet, args, **inputs.of_trainer())
+    metrics = trainer.train().metrics
     seconds = time.perf_counter() - start
-    rows = {row["subnet"]: row["accuracy"] for row in trainer.results(trainer.evaluate())}
-    result["parameters"] = {str(size): supernet.count_parameters(size) for size in SIZES}
-    result["mlfs"] = {
+    parameters = {str(size): supernet.count_parameters(size) for size in SIZES}
+    return parameters, {
         "seconds": seconds,
-        "stage_seconds": [output_metrics[f"stage_{s}_train_runtime"] for s in range(3)],
-        "accuracy": rows,
-        "options": {k: v for k, v in settings.items() if k != "palette"},
-        "history": [h for h in trainer.state.log_history if "loss" in h],
+        "stage_seconds": [metrics[f"stage_{stage}_train_runtime"] for stage in range(3)],
+        "accuracy": {row["subnet"]: row["accuracy"] for row in trainer.results(trainer.evaluate())},
+        "options": {name: value for name, value in settings.items() if name != "palette"},
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
-    write_json(output, result)
 
 
-def train_twins(
-    raw: RawData, tokenizer: Any, sets: Any, seed: int, result: dict[str, Any], output: Path, options: dict[str, Any]
-) -> None:
-    """Each size alone with PEFT; the first, the full model, becomes the teacher of the others."""
+def train_twins(inputs: Inputs, seed: int) -> Iterator[dict[str, Any]]:
+    """Trains each size alone with PEFT; the first, the full model, becomes the teacher of the others.
+
+    Yields, after each size, the seconds and the accuracy of every size so far.
+    """
     teacher: PreTrainedModel | None = None
     twins: dict[str, Any] = {}
     for size in SIZES:
         set_seed(seed)
-        slices = SuperTransformer(load_model(MINILM, raw, tokenizer), SPACE).extract(size)
+        slices = SuperTransformer(load_model(MINILM, inputs.raw, inputs.tokenizer), SPACE).extract(size)
         lora = LoraConfig(
-            task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear",
+            task_type="SEQ_CLS",
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0.0,
+            target_modules="all-linear",
             modules_to_save=["classifier"],
-        )  # fmt: skip
+        )
         model = get_peft_model(slices, lora)
         args = TrainingArguments(
-            output_dir="runs/palette_quality-peft", seed=seed, num_train_epochs=1, learning_rate=1e-3,
-            per_device_train_batch_size=32, per_device_eval_batch_size=32, logging_steps=25, save_strategy="no",
+            output_dir="runs/palette_quality-peft",
+            seed=seed,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=32,
+            logging_steps=25,
+            save_strategy="no",
             report_to=[],
-        )  # fmt: skip
-        trainer = Distilled(
-            model, args, train_dataset=sets["train"], eval_dataset=sets["validation"], processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
-        )  # fmt: skip
+        )
+        trainer = Distilled(model, args, **inputs.of_trainer())
         trainer.teacher = teacher
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        found = trainer.evaluate()["eval_accuracy"]
-        twins[str(size)] = {"seconds": seconds, "accuracy": found}
-        result["peft"] = twins
-        write_json(output, result)
+        twins[str(size)] = {"seconds": seconds, "accuracy": trainer.evaluate()["eval_accuracy"]}
+        yield dict(twins)
         if teacher is None:
             teacher = model.merge_and_unload().eval().requires_grad_(False)
 
 
 class Distilled(Trainer):
-    """A Trainer whose loss is (1 − α) task + α KL(teacher ‖ model) where there is a teacher."""
+    """A Trainer whose loss is (1 − α) task + α KL(teacher ‖ model) once it has a teacher."""
 
     teacher: PreTrainedModel | None = None
 
@@ -168,17 +218,19 @@ class Distilled(Trainer):
         loss = outputs.loss
         if self.teacher is not None and model.training:
             with torch.no_grad():
-                goal = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            loss = (1 - ALPHA) * loss + ALPHA * divergence(outputs.logits, goal)
+                target = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            loss = (1 - ALPHA) * loss + ALPHA * divergence(outputs.logits, target)
         return (loss, outputs) if return_outputs else loss
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Computes the share of sentences whose largest logit is the label's."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
 def show(result: dict[str, Any]) -> str:
+    """Lays out accuracy and time of every size, and where the figures come from."""
     ours, twins = result.get("mlfs", {}), result.get("peft", {})
     rows: list[dict[str, Any]] = []
     for size in map(str, SIZES):
@@ -189,7 +241,10 @@ def show(result: dict[str, Any]) -> str:
             row["PEFT twin, %"] = f"{100 * twins[size]['accuracy']:.1f}"
             row["PEFT twin, s"] = f"{twins[size]['seconds']:.0f}"
         rows.append(row)
-    lines = [table(rows), f"{result['machine']}, torch {result['torch']}, seed {result['seed']}"]
+    lines = [table(rows)]
+    for side, origin in result.get("environments", {}).items():
+        seed, torch_version = origin["seed"], origin["torch"]
+        lines.append(f"{side}: {origin['cores']} cores, {origin['machine']}, torch {torch_version}, seed {seed}")
     if ours:
         lines.append(
             f"mlfs, all sizes: {ours['seconds']:.0f} s (stages {', '.join(f'{s:.0f}' for s in ours['stage_seconds'])})"
@@ -198,12 +253,6 @@ def show(result: dict[str, Any]) -> str:
         total = sum(twin["seconds"] for twin in twins.values())
         lines.append(f"PEFT, all sizes: {total:.0f} s" + (f"; ratio {ours['seconds'] / total:.2f}" if ours else ""))
     return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -21,16 +21,16 @@ bytes/s of a large copy. They count only what cannot be avoided (each operand on
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from bench.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
@@ -89,8 +89,14 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     output = given.output or (RESULTS if whole else None)
     device, tiny = ("cpu", True) if given.dry_run else ("cuda", False)
     torch.manual_seed(given.seed)
-    result: dict[str, Any] = {"measurement": not tiny, "complete": False, **machine(device), "seed": given.seed,
-                              "quick": given.quick, "rows": []}  # fmt: skip
+    result: dict[str, Any] = {
+        "measurement": not tiny,
+        "complete": False,
+        **environment(given.seed),
+        **gpu(device),
+        "quick": given.quick,
+        "rows": [],
+    }
 
     def keep() -> None:
         if output is not None:
@@ -142,23 +148,21 @@ def correctness(dry: bool) -> dict[str, Any]:
     return {**counts, "passed": passed, "wrong": done.returncode != 0 or passed == 0}
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+def gpu(device: str) -> dict[str, Any]:
+    """States of the GPU, beyond `bench.environment`, what the figures depend on: name, memory, driver, precision."""
+    import peft
     import torch
+    import triton
 
-    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "driver": None}
+    found: dict[str, Any] = {"device": "cpu", "driver": None, "peft": peft.__version__}
+    found["triton"] = triton.__version__  # AMD's build is installed under another name, which metadata do not tell
+    found["float32 precision"] = torch.get_float32_matmul_precision()
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found = {"device": properties.name, "memory": properties.total_memory, "driver": _driver()}
+        found |= {"device": properties.name, "memory": properties.total_memory, "driver": _driver()}
         found["architecture"] = getattr(properties, "gcnArchName", None) or f"{properties.major}.{properties.minor}"
         found |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
-    for name in ("torch", "triton", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # e.g. AMD's build of Triton has another name
-            found[name] = getattr(__import__(name), "__version__", None)
-    precision = torch.get_float32_matmul_precision()
-    return found | {"python": platform.python_version(), "float32 precision": precision}
+    return found
 
 
 def _driver() -> str | None:

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mlfs.data.prepare import RawData
+from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
 from mlfs.models.pretrained import SHORT_NAMES, find_model
 from mlfs.space.search_space import SearchSpace

@@ -25,7 +25,7 @@ from mlfs.commands.run_folder import save_data_arguments
 from mlfs.commands.train import finish, make_trainer
 from mlfs.data.arguments import DataArguments
 from mlfs.data.builtin import docstring_dataset, stdlib_source
-from mlfs.data.prepare import prepare
+from mlfs.data.raw import prepare
 from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM, SMOLLM2, find_model

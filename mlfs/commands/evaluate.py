@@ -8,7 +8,7 @@ from typing import Any
 from mlfs.commands.run_folder import find_subnet, load_data_arguments, load_run
 from mlfs.commands.train import trainer_options
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import load_raw
+from mlfs.data.raw import load_raw
 from mlfs.errors import MLFSError
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.evaluation import PaletteTrainer

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlfs.commands.bases import load_tokenizer
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData
+from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.space.subnet import Subnet

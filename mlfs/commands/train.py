@@ -10,7 +10,7 @@ from mlfs.commands.bases import ModelArguments, load_model, load_tokenizer, make
 from mlfs.commands.run_folder import RESULTS_NAME, save_data_arguments
 from mlfs.data.arguments import DataArguments
 from mlfs.data.metrics import compute_metrics_for, preprocess_logits_for_metrics
-from mlfs.data.prepare import RawData, load_raw
+from mlfs.data.raw import RawData, load_raw
 from mlfs.data.tokens import collator, tokenize
 from mlfs.errors import MLFSError
 from mlfs.files import write_json

@@ -1,4 +1,4 @@
-"""Which columns are text and label, and what the labels mean. The rules are stated in `mlfs.data.prepare`."""
+"""Which columns are text and label, and what the labels mean. The rules are stated in `mlfs.data.raw`."""
 
 from __future__ import annotations
 

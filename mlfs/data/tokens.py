@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
 from mlfs.data.arguments import DataArguments
-from mlfs.data.prepare import RawData, sample
+from mlfs.data.raw import RawData, sample
 from mlfs.errors import MLFSError
 
 

@@ -1,1 +1,1 @@
-"""The values: a subnet, the sizes on offer, and what a subnet means for each layer."""
+"""The values that say what runs: a subnet, the sizes on offer, and what a subnet means for each layer."""

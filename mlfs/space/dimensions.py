@@ -1,8 +1,8 @@
-"""From a subnet to the sizes of every layer, and to how many numbers a module has along an axis."""
+"""Turns a subnet into the sizes of every layer, and these into how many numbers a module has along an axis."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from mlfs.errors import MLFSError
 from mlfs.space.search_space import SearchSpace, evenly_spaced
@@ -11,8 +11,15 @@ from mlfs.space.subnet import Subnet
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Full sizes of a model. `group` is the number of query heads per key-value head; heads move in whole groups,
-    save where all share one key-value head (multi-query), which then stays."""
+    """States the full sizes of a model.
+
+    Attributes:
+        hidden: width of the residual stream.
+        heads, kv_heads: query heads, and the key-value heads that they share.
+        head_dim: numbers in a head.
+        ffn: feed-forward units.
+        layers: how many layers there are.
+    """
 
     hidden: int
     heads: int
@@ -23,10 +30,14 @@ class Dimensions:
 
     @property
     def group(self) -> int:
+        """How many heads are kept or left out together: the query heads of one key-value head.
+
+        1 where all query heads share one key-value head (multi-query attention), which every subnet keeps.
+        """
         return 1 if self.kv_heads == 1 else self.heads // self.kv_heads
 
     def check(self, space: SearchSpace) -> None:
-        """MLFSError unless the space starts at these sizes and heads come in whole groups."""
+        """Raises MLFSError unless `space` starts at these sizes and its heads come in whole groups."""
         full = Subnet(self.hidden, self.heads, self.ffn, tuple(range(self.layers)))
         for axis in ("hidden", "heads", "ffn", "layers"):
             first, size = getattr(space.max, axis), getattr(full, axis)
@@ -42,33 +53,46 @@ class Dimensions:
                 )
 
     def default_space(self) -> SearchSpace:
-        """Full, two thirds and half of the heads (in whole groups) and of the width; full, half and quarter
-        feed-forward; all layers and every other one."""
+        """Makes the space of a model for which none is given.
+
+        It offers all, two thirds and half of the heads (in whole groups) and of the hidden size; all, half and a
+        quarter of the feed-forward units; all layers, and every other one.
+        """
         groups = self.heads // self.group
         heads = _descending(round(groups * share) * self.group for share in (1, 2 / 3, 1 / 2))
+        # Whole heads, where the configuration states the head size as hidden / heads: such subnets can be exported.
         step = self.head_dim if self.hidden == self.heads * self.head_dim else 8
-        hidden = _descending(round(self.hidden * h / self.heads / step) * step for h in heads[1:])
-        ffn = _descending(self.ffn // share for share in (2, 4))
+        hidden = _descending(round(self.hidden * count / self.heads / step) * step for count in heads[1:])
+        ffn = _descending(self.ffn // divisor for divisor in (2, 4))
         depths = _descending((self.layers, (self.layers + 1) // 2))
         return SearchSpace(
-            hidden=(self.hidden, *(h for h in hidden if h < self.hidden)),
+            hidden=(self.hidden, *(size for size in hidden if size < self.hidden)),
             heads=heads,
-            ffn=(self.ffn, *(f for f in ffn if f < self.ffn)),
+            ffn=(self.ffn, *(size for size in ffn if size < self.ffn)),
             layers=tuple(evenly_spaced(self.layers, kept) for kept in depths),
         )
 
     def layer_sizes(self, subnet: Subnet) -> "LayerSizes":
-        """Spells `subnet` out for every layer; a layer that is left out has size 0."""
+        """Spells `subnet` out for every layer of the full model; a layer that is left out has size 0."""
         heads, ffn = [0] * self.layers, [0] * self.layers
-        for layer, h, f in zip(subnet.layers, subnet.per_layer("heads"), subnet.per_layer("ffn"), strict=True):
-            heads[layer], ffn[layer] = h, f
-        kv = [0 if not h else 1 if self.kv_heads == 1 else h // self.group for h in heads]
-        return LayerSizes(subnet, {"heads": tuple(heads), "kv_heads": tuple(kv), "ffn": tuple(ffn)})
+        for axis, spelled in (("heads", heads), ("ffn", ffn)):
+            for layer, size in zip(subnet.layers, subnet.per_layer(axis), strict=True):
+                spelled[layer] = size
+        kv_heads = [self._kv_heads_of(count) for count in heads]
+        return LayerSizes(subnet, {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "ffn": tuple(ffn)})
+
+    def _kv_heads_of(self, heads: int) -> int:
+        """Counts the key-value heads that a number of query heads needs."""
+        return min(heads, 1) if self.kv_heads == 1 else heads // self.group
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A subnet, spelled out per layer of the full model."""
+    """Spells a subnet out per layer of the full model.
+
+    Attributes:
+        of_layer: for each axis ("heads", "kv_heads", "ffn") one size per layer; 0 where the layer is left out.
+    """
 
     subnet: Subnet
     of_layer: dict[str, tuple[int, ...]]
@@ -88,7 +112,11 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class RowSizes(LayerSizes):
-    """Maxnet's sizes, for all that rows share, and those of each row of the batch."""
+    """Holds the sizes of each row of a batch, and maxnet's for all that the rows share.
+
+    Attributes:
+        rows: the sizes of row 0, 1, ... of the batch.
+    """
 
     rows: tuple[LayerSizes, ...] = ()
 
@@ -96,10 +124,15 @@ class RowSizes(LayerSizes):
         return hash(self.rows)
 
     def keeps(self, layer: int) -> bool:
+        """Tells whether the layer runs for any row."""
         return any(sizes.keeps(layer) for sizes in self.rows)
 
     def runs(self, batch: int) -> list[tuple[int, int, LayerSizes]]:
-        """(first row, end, sizes) of neighbours of one size; MLFSError unless the batch has that many rows."""
+        """Splits the batch where neighbouring rows differ: (first row, row after the last, sizes) of each run.
+
+        Raises:
+            MLFSError: the number of rows in the batch is not that of the subnets given.
+        """
         if batch != len(self.rows):
             raise MLFSError(
                 f"activate_rows was given {len(self.rows)} subnets, but {batch} rows run: give one for each row "
@@ -110,27 +143,36 @@ class RowSizes(LayerSizes):
     @cached_property
     def _runs(self) -> list[tuple[int, int, LayerSizes]]:
         count = len(self.rows)
-        edges = [i for i in range(count) if i == 0 or self.rows[i] != self.rows[i - 1]]
-        return [(a, b, self.rows[a]) for a, b in zip(edges, [*edges[1:], count], strict=True)]
+        starts = [row for row in range(count) if row == 0 or self.rows[row] != self.rows[row - 1]]
+        ends = [*starts[1:], count]
+        return [(start, end, self.rows[start]) for start, end in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
 class AxisSize:
-    """How many numbers a module has along an axis: its size there times `unit` (e.g. head_dim for heads)."""
+    """Computes how many numbers a module has along an axis: the size there times `unit`.
+
+    Attributes:
+        axis: "hidden", "heads", "kv_heads", "ffn"; or "group", the query heads that share one key-value head.
+        unit: numbers per unit of the axis, e.g. head_dim for heads.
+        layer: which layer's size counts; None for "hidden", which all layers share.
+    """
 
     axis: str
     unit: int = 1
     layer: int | None = None
 
     def __call__(self, sizes: LayerSizes) -> int:
+        """Returns the number of numbers under `sizes`."""
         if self.axis == "hidden":
             return sizes.subnet.hidden * self.unit
-        if self.axis == "group":
-            assert self.layer is not None
-            return sizes.of_layer["heads"][self.layer] // max(sizes.of_layer["kv_heads"][self.layer], 1)
         assert self.layer is not None
+        if self.axis == "group":
+            kv_heads = max(sizes.of_layer["kv_heads"][self.layer], 1)  # 0 where the layer is left out
+            return sizes.of_layer["heads"][self.layer] // kv_heads
         return sizes.of_layer[self.axis][self.layer] * self.unit
 
 
-def _descending(values: Any) -> tuple[int, ...]:
-    return tuple(sorted({max(int(v), 1) for v in values}, reverse=True))
+def _descending(values: Iterable[int]) -> tuple[int, ...]:
+    """Sorts sizes, largest first, each once and at least 1."""
+    return tuple(sorted({max(value, 1) for value in values}, reverse=True))

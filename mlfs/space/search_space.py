@@ -1,4 +1,4 @@
-"""`SearchSpace`, the sizes a super-transformer offers."""
+"""`SearchSpace`, the sizes that a super-transformer offers."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,12 +13,15 @@ from mlfs.space.subnet import Subnet, as_tuple, is_int
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The sizes on offer, each axis from the full model downwards.
+    """Lists the sizes on offer, each axis from the full model downwards.
 
     Attributes:
         hidden, heads, ffn: descending, unique; the first of each is the full model's.
-        layers: tuples of kept layer indices, the first all of them, each shorter than or as long as the one before.
+        layers: tuples of kept layer indices; the first keeps all layers, none keeps more than the one before it.
         per_layer: whether `sample` draws heads and ffn anew for every layer.
+
+    Raises:
+        MLFSError: the sizes of an axis are not positive, unique and descending, or the layers are not as above.
 
     >>> space = SearchSpace(hidden=(384, 192), heads=(12, 6), ffn=(1536, 768), layers=((0, 1, 2, 3), (0, 2)))
     >>> str(space.max), str(space.min)
@@ -55,16 +58,21 @@ class SearchSpace:
 
     @property
     def max(self) -> Subnet:
-        """The largest member: the whole model."""
+        """The largest subnet: the whole model."""
         return Subnet(self.hidden[0], self.heads[0], self.ffn[0], self.layers[0])
 
     @property
     def min(self) -> Subnet:
-        """The smallest member."""
+        """The smallest subnet."""
         return Subnet(self.hidden[-1], self.heads[-1], self.ffn[-1], self.layers[-1])
 
     def sample(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
-        """A uniformly drawn member; of full depth unless `depths`."""
+        """Draws a subnet: each axis by itself, every size on offer equally likely.
+
+        Args:
+            generator: where the random numbers come from; by default PyTorch's global one.
+            depths: whether the number of layers is drawn too; else all layers are kept.
+        """
 
         def draw(choices: tuple) -> Any:
             return choices[int(torch.randint(len(choices), (1,), generator=generator))]
@@ -76,33 +84,38 @@ class SearchSpace:
         return Subnet(draw(self.hidden), heads, ffn, layers)
 
     def sample_level(self, generator: torch.Generator | None = None, depths: bool = True) -> Subnet:
-        """A member that is as wide on every axis: the same relative place in each list of sizes, any depth as above.
+        """Draws a subnet that is equally wide on every axis: at the same relative place in each list of sizes.
 
-        Never the full model, unless there is nothing else.
+        Never the full model, unless the space offers nothing else. Arguments: as `sample`.
         """
         lists = (self.hidden, self.heads, self.ffn)
-        most = max(len(choices) for choices in lists) - 1
+        last = max(len(choices) for choices in lists) - 1  # the narrowest level; 0 is the full width
         kept = self.layers if depths else self.layers[:1]
-        pairs = [(level, layers) for level in range(most + 1) for layers in kept][1:] or [(0, kept[0])]
-        level, layers = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
-        hidden, heads, ffn = (choices[round(level / max(most, 1) * (len(choices) - 1))] for choices in lists)
+        pairs = [(level, layers) for level in range(last + 1) for layers in kept]
+        smaller = pairs[1:] or pairs  # the first pair is the full model
+        level, layers = smaller[int(torch.randint(len(smaller), (1,), generator=generator))]
+        share = level / max(last, 1)
+        hidden, heads, ffn = (choices[round(share * (len(choices) - 1))] for choices in lists)
         return Subnet(hidden, heads, ffn, layers)
 
     def __contains__(self, subnet: object) -> bool:
         return isinstance(subnet, Subnet) and not self._misfit(subnet)
 
     def check(self, subnet: Subnet) -> None:
-        """MLFSError, naming the axis and the sizes on offer, unless `subnet` is a member."""
+        """Raises MLFSError, which names the axis and the sizes on offer, unless `subnet` is in the space."""
         if misfit := self._misfit(subnet):
             raise MLFSError(f"subnet {subnet} is outside the space: {misfit}")
 
     def uniform(self) -> Iterator[Subnet]:
-        """Every member whose layers are alike, largest sizes first."""
+        """Yields every subnet whose layers have equal sizes, the largest first."""
         for layers, hidden, heads, ffn in itertools.product(self.layers, self.hidden, self.heads, self.ffn):
             yield Subnet(hidden, heads, ffn, layers)
 
     def palette(self) -> dict[str, Subnet]:
-        """The members every evaluation shows: max, min, and two between (one narrower, one also shallower)."""
+        """Names the subnets that every evaluation shows: max, min, and two between, one of which is of full depth.
+
+        A subnet between that equals max or min is left out.
+        """
 
         def middle(choices: tuple) -> Any:
             return choices[len(choices) // 2] if len(choices) > 2 else choices[-1]
@@ -110,16 +123,21 @@ class SearchSpace:
         wide = Subnet(self.hidden[0], middle(self.heads), middle(self.ffn), self.layers[0])
         medium = Subnet(middle(self.hidden), middle(self.heads), middle(self.ffn), middle(self.layers))
         named = {"max": self.max, "medium-wide": wide, "medium": medium, "min": self.min}
-        return {name: s for name, s in named.items() if name in ("max", "min") or s not in (self.max, self.min)}
+        ends = (self.max, self.min)
+        return {name: subnet for name, subnet in named.items() if name in ("max", "min") or subnet not in ends}
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """Returns the fields by name, tuples as lists: a dictionary that JSON can hold."""
         value: dict[str, Any] = {name: list(getattr(self, name)) for name in ("hidden", "heads", "ffn")}
         return value | {"layers": [list(kept) for kept in self.layers], "per_layer": self.per_layer}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "SearchSpace":
-        """The inverse of `to_dict`; `layers` may also hold counts, which become evenly spaced layers."""
+        """Makes the space that `to_dict` wrote; `layers` may also hold counts, which become evenly spaced layers.
+
+        Raises:
+            MLFSError: a key is missing or unknown, or a value is not what the field takes.
+        """
         names = {"hidden", "heads", "ffn", "layers"}
         if not isinstance(value, dict) or not names <= set(value) <= names | {"per_layer"}:
             raise MLFSError(f"a search space needs the keys {sorted(names)} (and may have per_layer), got {value!r}")
@@ -135,10 +153,11 @@ class SearchSpace:
         )
 
     def with_per_layer(self, per_layer: bool = True) -> "SearchSpace":
-        """The same sizes, sampled per layer or not."""
+        """Returns the space with the same sizes whose `sample` draws per layer, or does not."""
         return replace(self, per_layer=per_layer)
 
     def _misfit(self, subnet: Subnet) -> str:
+        """Says which size of `subnet` is not on offer; "" if all are."""
         if subnet.hidden not in self.hidden:
             return f"hidden={subnet.hidden} is not one of {self.hidden}"
         for axis in ("heads", "ffn"):
@@ -151,7 +170,10 @@ class SearchSpace:
 
 
 def evenly_spaced(layers: int, kept: int) -> tuple[int, ...]:
-    """`kept` of `layers` indices, evenly spread, first included.
+    """Chooses `kept` of the indices 0 to `layers` - 1, evenly spread and ascending, 0 included.
+
+    Raises:
+        MLFSError: `kept` is not between 1 and `layers`.
 
     >>> evenly_spaced(6, 3), evenly_spaced(12, 8)
     ((0, 2, 4), (0, 1, 3, 4, 6, 7, 9, 10))

@@ -11,13 +11,16 @@ PerLayer = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Subnet:
-    """A choice of sizes: immutable, hashable, and the same after a round trip through JSON.
+    """States one choice of sizes: immutable, hashable, and the same after a round trip through JSON.
 
     Attributes:
         hidden: width of the residual stream.
         heads: query heads, one number for all kept layers or one per kept layer.
         ffn: feed-forward units, likewise.
         layers: indices of the kept layers, ascending.
+
+    Raises:
+        MLFSError: a size is no positive integer, a number of sizes does not fit, or the layers are not ascending.
 
     >>> Subnet(hidden=256, heads=(8, 8), ffn=(1024, 512), layers=(0, 2))
     Subnet(hidden=256, heads=8, ffn=(1024, 512), layers=(0, 2))
@@ -47,26 +50,30 @@ class Subnet:
             object.__setattr__(self, name, sizes[0] if len(set(sizes)) == 1 else sizes)
 
     def per_layer(self, axis: str) -> tuple[int, ...]:
-        """The sizes of axis "heads" or "ffn", one per kept layer."""
+        """Returns the sizes along `axis`, which is "heads" or "ffn": one per kept layer, in their order."""
         value: PerLayer = getattr(self, axis)
         return (value,) * len(self.layers) if isinstance(value, int) else value
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every kept layer has the same sizes."""
+        """Tells whether every kept layer has the same sizes."""
         return isinstance(self.heads, int) and isinstance(self.ffn, int)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Returns the fields by name, tuples as lists: a dictionary that JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns the subnet as one line of JSON."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Subnet":
-        """The subnet a dictionary describes; MLFSError where a key is missing, unknown or malformed."""
+        """Makes the subnet that a dictionary describes.
+
+        Raises:
+            MLFSError: a key is missing or unknown, or a value is not what the field takes.
+        """
         names = {"hidden", "heads", "ffn", "layers"}
         if not isinstance(value, dict) or set(value) != names:
             raise MLFSError(f"a subnet needs exactly the keys {sorted(names)}, got {value!r}")
@@ -77,7 +84,11 @@ class Subnet:
 
     @classmethod
     def from_json(cls, text: str) -> "Subnet":
-        """The inverse of `to_json`."""
+        """Makes the subnet that `to_json` wrote.
+
+        Raises:
+            MLFSError: the text is no JSON, or as `from_dict`.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
@@ -94,9 +105,10 @@ _EXAMPLE = '{"hidden": 256, "heads": 8, "ffn": 1024, "layers": [0, 2, 4]}'
 
 
 def is_int(value: object) -> bool:
+    """Tells whether `value` is an integer; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def as_tuple(value: object) -> tuple:
-    """A list, tuple or range as a tuple; anything else as the empty one, which every check refuses."""
+    """Makes a tuple of a list, tuple or range; of anything else the empty one, which every check refuses."""
     return tuple(value) if isinstance(value, (list, tuple, range)) else ()

@@ -44,7 +44,8 @@ def test_all_of_it_runs_and_calls_itself_no_measurement(tmp_path):
     assert result["measurement"] is False and result["complete"] is False
     assert done.stdout.startswith("NOT A MEASUREMENT") and done.stdout.rstrip().endswith("mean nothing")
     assert result["correctness"]["passed"] > 0 and not result["correctness"]["wrong"]
-    assert {"device", "driver", "torch", "triton", "peft", "transformers", "seed", "ceilings"} <= result.keys()
+    record = {"commit", "command", "mlfs", "torch", "triton", "transformers", "peft", "machine", "seed"}
+    assert record | {"device", "driver", "ceilings"} <= result.keys()
     assert [row["case"] for row in result["rows"] if row["errors"]] == []
     assert {row["section"] for row in result["rows"]} == {"kernels", "training", "decoding"}
     for row in result["rows"]:

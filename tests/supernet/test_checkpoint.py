@@ -1,14 +1,10 @@
-"""What is left on disk: restored exactly, refused when it is not whole, and never half-written.
-
-Also the plain checkpoints of extracted models, loaded by a process that has no mlfs.
-"""
+"""What a run leaves on disk: restored exactly, refused when it is not whole, and never half-written."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,37 +14,13 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
-from mlfs.elastic.base import Elastic
-from tests.supernets import LAYERS, distance, elastic, perturb, space_of, subnets_of
-from tests.tiny_models import CASES, all_models, inputs, logits_of, make
+from mlfs import MLFSError, SearchSpace, SuperTransformer
+from tests.helpers.runs import load, logits, tensors_file
+from tests.supernets import distance, elastic, perturb, space_of, subnets_of
+from tests.tiny_models import CASES, all_models, make
 
-ROOT = Path(__file__).resolve().parents[2]
 every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
 every_family = pytest.mark.parametrize(("name", "suffix"), [(name, case.classes[0]) for name, case in CASES.items()])
-
-
-def logits(supernet: SuperTransformer, subnet: Subnet | None = None) -> torch.Tensor:
-    with torch.no_grad(), supernet.activate(subnet or supernet.space.max):
-        return logits_of(supernet(**inputs("left")))
-
-
-def tensors_file(folder: Path) -> Path:
-    (path,) = folder.glob("*.safetensors")
-    return path
-
-
-@pytest.fixture
-def saved(tmp_path) -> tuple[SuperTransformer, Path]:
-    """A small BERT with trained stages, and the folder it is saved in."""
-    supernet = elastic("bert", "ForSequenceClassification")
-    supernet.order("magnitude")
-    supernet.save_pretrained(tmp_path / "run")
-    return supernet, tmp_path / "run"
-
-
-def load(path: Path) -> SuperTransformer:
-    return SuperTransformer.from_pretrained(path, model=make("bert", "ForSequenceClassification")).eval()
 
 
 @every_model
@@ -173,83 +145,12 @@ def test_tied_weights_stay_tied(tmp_path):
     assert not any("embed" in key or "lm_head" in key for key in load_file(tensors_file(tmp_path)))
 
 
-def test_a_trained_norm_is_saved_and_the_base_still_recognised(tmp_path):
-    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space_of("bert"), rank=4).eval()
-    supernet.train_stage(1, norms=True)
-    with torch.no_grad():
-        supernet.get_submodule("model.bert.embeddings.LayerNorm").weight.mul_(1.5)
-    supernet.save_pretrained(tmp_path)
-    twin = load(tmp_path)
-    assert torch.equal(logits(twin), logits(supernet))
-
-
-def test_saving_while_stages_stages_are_merged_stays_right_saves_the_stages_and_no_fold(saved, tmp_path):
+def test_saving_while_stages_are_merged_saves_the_stages_and_no_merged_weight(saved, tmp_path):
     supernet, folder = saved
     supernet.merge_stages(2)
     supernet.save_pretrained(tmp_path / "merged")
     assert tensors_file(tmp_path / "merged").read_bytes() == tensors_file(folder).read_bytes()
     assert (tmp_path / "merged" / "mlfs.json").read_bytes() == (folder / "mlfs.json").read_bytes()
-
-
-def other_weight(model: tf.PreTrainedModel) -> None:
-    model.bert.encoder.layer[3].output.dense.weight.data[0, 0] += 1e-3
-
-
-def other_norm(model: tf.PreTrainedModel) -> None:
-    model.bert.embeddings.LayerNorm.bias.data[3] = 0.5
-
-
-@pytest.mark.parametrize("change", [other_weight, other_norm])
-def test_wrong_base_is_refused_and_named(saved, change):
-    _, folder = saved
-    model = make("bert", "ForSequenceClassification")
-    change(model)
-    message = r"the base is not the one .* was trained on .*1 of \d+ tensors differ, e\.g\. bert"
-    with pytest.raises(MLFSError, match=message) as raised:
-        SuperTransformer.from_pretrained(folder, model=model)
-    assert "\n" not in str(raised.value)
-    assert not any(isinstance(module, Elastic) for module in model.modules()), "a refused base is left as it was"
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    supernet = SuperTransformer(model, space_of("bert", per_layer=True), rank=4, alpha=8.0)
-    before = {key: value.clone() for key, value in supernet.state_dict().items()}
-    with pytest.raises(MLFSError, match="the base is not the one"):
-        supernet.restore(folder)
-    assert all(torch.equal(before[key], value) for key, value in supernet.state_dict().items())
-
-
-def test_base_of_other_sizes_or_family_is_refused(saved):
-    _, folder = saved
-    config = CASES["bert"].config()
-    config.intermediate_size = 64
-    with pytest.raises(MLFSError, match="the base is not the one"):
-        SuperTransformer.from_pretrained(folder, model=tf.BertForSequenceClassification(config))
-    with pytest.raises(MLFSError, match="trained on a BertForSequenceClassification, the base given is a LlamaFor"):
-        SuperTransformer.from_pretrained(folder, model=make("llama", "ForSequenceClassification"))
-
-
-def test_base_with_parameters_more_is_refused(tmp_path):
-    elastic("llama", "ForCausalLM").save_pretrained(tmp_path)
-    config = CASES["llama"].config()
-    config.attention_bias = True
-    model = tf.LlamaForCausalLM(config)
-    model.load_state_dict(make("llama", "ForCausalLM").state_dict(), strict=False)
-    with pytest.raises(MLFSError, match=r"the base is not the one .*differ, e\.g\. model\.layers\.0\.self_attn.*bias"):
-        SuperTransformer.from_pretrained(tmp_path, model=model)
-    assert not any(isinstance(module, Elastic) for module in model.modules())
-
-
-def test_another_head_is_no_other_base_but_must_fit(saved):
-    """The head belongs to the run, so its values do not matter; its size does."""
-    supernet, folder = saved
-    model = make("bert", "ForSequenceClassification")
-    model.classifier.weight.data.zero_()
-    assert torch.equal(logits(SuperTransformer.from_pretrained(folder, model=model).eval()), logits(supernet))
-    config = CASES["bert"].config()
-    config.num_labels = 7
-    wide = tf.BertForSequenceClassification(config)
-    wide.bert.load_state_dict(make("bert", "ForSequenceClassification").bert.state_dict())
-    with pytest.raises(MLFSError, match=r"tensor classifier\.weight has shape \(2, 48\), the model has \(7, 48\)"):
-        SuperTransformer.from_pretrained(folder, model=wide)
 
 
 def edit(folder: Path, change: Callable[[dict], object]) -> None:
@@ -469,173 +370,3 @@ def test_missing_base_says_what_to_do(tmp_path):
     with pytest.raises(MLFSError, match=r"the base .*gone' cannot be loaded .*: pass it") as raised:
         SuperTransformer.from_pretrained(tmp_path / "run")
     assert "\n" not in str(raised.value)
-
-
-WITHOUT_MLFS = """
-import json, sys
-sys.path[:] = [p for p in sys.path if p not in ("", {root!r})]
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mlfs":
-            raise ModuleNotFoundError("no mlfs here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import mlfs
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("mlfs is there")
-
-import torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-batch = {{k: v for k, v in load_file({folder!r} + "/batch.safetensors").items()}}
-out = {{}}
-for line in json.load(open({folder!r} + "/list.json")):
-    model, info = getattr(transformers, line["auto"]).from_pretrained(line["path"], output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (line, info)
-    assert type(model).__name__ == line["class"], line
-    assert not any("mlfs" in kind.__module__ for m in model.modules() for kind in type(m).__mro__)
-    with torch.no_grad():
-        result = model.eval()(**batch)
-    if "logits" not in result:
-        result["logits"] = torch.stack([result.start_logits, result.end_logits], -1)
-    out[line["path"]] = result["logits"].contiguous()
-save_file(out, {folder!r} + "/logits.safetensors")
-assert not any(name.split(".")[0] == "mlfs" for name in sys.modules)
-"""
-
-AUTO = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-}
-
-
-def exportable(name: str) -> list[Subnet]:
-    """Subnets of every depth a configuration can state, also some whose hidden size is not heads times head size."""
-    heads = CASES[name].heads
-    chosen = [Subnet(8 * h, h, f, kept) for h, f, kept in zip(heads, (40, 16, 24), LAYERS, strict=True)]
-    if name.startswith(("llama", "mistral", "qwen")):
-        chosen += [Subnet(48, heads[2], 24, LAYERS[2]), Subnet(40, heads[1], 40, LAYERS[1])]
-    # Llama's configuration refuses hidden sizes that are no multiple of the heads.
-    return [s for s in chosen if not (name.startswith("llama") and s.hidden % s.per_layer("heads")[0])]
-
-
-@pytest.fixture(scope="module")
-def loaded_without_mlfs(tmp_path_factory) -> dict[tuple[str, str, Subnet], tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of every family's checkpoints: loaded in a process without mlfs, and of the active subnet here."""
-    folder = tmp_path_factory.mktemp("exports")
-    here, lines, places = {}, [], {}
-    for name, suffix in all_models():
-        supernet = elastic(name, suffix)
-        for subnet in exportable(name):
-            path = folder / f"{name}-{suffix}-{len(places)}"
-            supernet.extract(subnet).save_pretrained(path)
-            lines.append({"path": str(path), "auto": AUTO[suffix], "class": type(supernet.model).__name__})
-            places[name, suffix, subnet] = str(path)
-            here[name, suffix, subnet] = logits(supernet, subnet)
-    (folder / "list.json").write_text(json.dumps(lines))
-    save_file(inputs("left"), folder / "batch.safetensors")
-    code = WITHOUT_MLFS.format(root=str(ROOT), folder=str(folder))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], env=environment, capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    there = load_file(folder / "logits.safetensors")
-    return {key: (there[path], here[key]) for key, path in places.items()}
-
-
-@every_model
-def test_checkpoint_loads_without_mlfs_and_gives_the_same_logits(loaded_without_mlfs, name, suffix):
-    compared = {key: pair for key, pair in loaded_without_mlfs.items() if key[:2] == (name, suffix)}
-    assert len(compared) == len(exportable(name)) >= 3
-    for key, (there, here) in compared.items():
-        assert distance(there, here) < 1e-5, key
-
-
-def test_checkpoints_cover_hidden_sizes_that_are_not_heads_times_head_size(loaded_without_mlfs):
-    odd = {name for name, _, s in loaded_without_mlfs if s.hidden != s.per_layer("heads")[0] * 8}
-    assert odd == {name for name in CASES if name.startswith(("llama", "mistral", "qwen"))}
-
-
-@every_family
-def test_exportable_is_exactly_what_survives_saving_and_loading(name, suffix, tmp_path):
-    """Each uniform subnet of the space: either it is said to be unexportable, or its checkpoint gives its logits."""
-    supernet = elastic(name, suffix, per_layer=False)
-    outcomes = {True: 0, False: 0}
-    for subnet in supernet.space.uniform():
-        if subnet.layers != LAYERS[-1] or subnet.ffn == 24:
-            continue
-        able = supernet.is_exportable(subnet)
-        outcomes[able] += 1
-        small = supernet.extract(subnet)
-        path = tmp_path / str(subnet).replace("/", "-")
-        if able:
-            small.save_pretrained(path)
-            twin = type(supernet.model).from_pretrained(path)
-            with torch.no_grad():
-                assert distance(logits_of(twin(**inputs("left"))), logits(supernet, subnet)) < 1e-5
-        else:
-            with pytest.raises(MLFSError):
-                small.save_pretrained(path)
-            assert not path.exists()
-    assert outcomes[True] >= 2
-    assert bool(outcomes[False]) == (name not in ("mistral", "qwen2", "qwen3"))
-
-
-@pytest.mark.parametrize(
-    ("name", "subnet", "reason", "nearest"),
-    [
-        ("bert", Subnet(48, 4, 24, (0, 2, 3)), "hidden_size / num_attention_heads wide", Subnet(32, 4, 24, (0, 2, 3))),
-        ("gpt2", Subnet(16, 6, 16, (1, 3)), "hidden_size / num_attention_heads wide", Subnet(16, 2, 16, (1, 3))),
-        ("bert", Subnet(32, (4, 2), 24, (1, 3)), "its layers differ in size", Subnet(32, 4, 24, (1, 3))),
-        ("llama", Subnet(48, 6, (40, 40, 24), (0, 2, 3)), "its layers differ in size", Subnet(48, 6, 40, (0, 2, 3))),
-        ("qwen2", Subnet(40, (4, 2), 24, (1, 3)), "its layers differ in size", None),
-        ("llama", Subnet(32, 6, 24, (1, 3)), "must be a multiple of num_attention_heads", Subnet(24, 6, 24, (1, 3))),
-    ],
-)
-def test_unexportable_subnet_works_in_memory_but_is_not_saved(name, subnet, reason, nearest, tmp_path):
-    supernet = elastic(name, CASES[name].classes[0])
-    small = supernet.extract(subnet)
-    with torch.no_grad():
-        assert distance(logits_of(small(**inputs("left"))), logits(supernet, subnet)) < 1e-5
-    for save in (small.save_pretrained, small.push_to_hub):
-        with pytest.raises(MLFSError, match=reason) as raised:
-            save(str(tmp_path / "export"))
-        text = str(raised.value)
-        assert "\n" not in text and subnet.to_json() in text
-        named = Subnet.from_json(text.rpartition("the nearest subnet that can be saved is ")[2])
-        assert named == nearest or nearest is None
-        assert named in supernet.space and supernet.is_exportable(named) and named.layers == subnet.layers
-    assert list(tmp_path.iterdir()) == []
-    supernet.extract(named).save_pretrained(tmp_path / "export")
-    assert (tmp_path / "export" / "config.json").exists()
-
-
-def test_a_space_without_any_exportable_subnet_of_that_depth_says_so(tmp_path):
-    space = SearchSpace((48, 40), (6,), (40,), ((0, 1, 2, 3), (0, 2)))
-    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space, rank=2)
-    small = supernet.extract(Subnet(40, 6, 40, (0, 2)))
-    with pytest.raises(MLFSError, match=r'the nearest subnet that can be saved is {"hidden": 48, "heads": 6'):
-        small.save_pretrained(tmp_path / "export")
-
-
-def test_modules_of_the_checkpoint_know_nothing_of_the_run(tmp_path):
-    supernet = elastic("llama", "ForCausalLM")
-    supernet.extract(exportable("llama")[1]).save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text() + (tmp_path / "generation_config.json").read_text()
-    assert "mlfs" not in text and "lora" not in text
-    stored = load_file(tmp_path / "model.safetensors")
-    assert not any("lora" in key for key in stored)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (32, 4, 2)
-    assert (config["intermediate_size"], config["num_hidden_layers"], config["head_dim"]) == (16, 3, 8)

@@ -1,113 +1,29 @@
-"""Ordering by importance: the whole model stays what it was, and the most important units come first."""
-
-import math
+"""Scores of importance are what their formulas say, and scoring leaves no trace."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from mlfs import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, MLFSError, Subnet, SuperTransformer
-from mlfs.supernet.permutation import compose, permutation_of
-from tests.supernets import distance, elastic, space_of, subnets_of
-from tests.tiny_models import CASES, PAD, VOCABULARY, all_models, inputs, logits_of, make
+from mlfs import ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, MLFSError, SuperTransformer
+from mlfs.supernet.permutation import permutation_of
+from tests.helpers.calibration import METHODS, batches
+from tests.supernets import elastic, space_of
+from tests.tiny_models import CASES, inputs, make
 
-METHODS = ("magnitude", "activation", "gradient")
-every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
 every_method = pytest.mark.parametrize("method", METHODS)
 FIRST = [(name, case.classes[0]) for name, case in CASES.items()]
+
+
 every_family = pytest.mark.parametrize(("name", "suffix"), FIRST)
-
-
-def batches(suffix: str, count: int = 2) -> list[dict[str, Tensor]]:
-    """A few batches with labels of the task."""
-    out = []
-    for seed in range(count):
-        batch = inputs("left" if seed % 2 else "right", seed)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        generator = torch.Generator().manual_seed(seed)
-        if suffix == "ForSequenceClassification":
-            labels = {"labels": torch.randint(2, (len(ids),), generator=generator)}
-        elif suffix == "ForQuestionAnswering":
-            first = mask.argmax(1)
-            labels = {"start_positions": first, "end_positions": first + 2}
-        elif suffix == "ForTokenClassification":
-            labels = {"labels": torch.randint(2, ids.shape, generator=generator).masked_fill(mask == 0, -100)}
-        else:
-            labels = {"labels": ids.masked_fill(mask == 0, -100)}
-        out.append(batch | labels)
-    return out
-
-
-def active(supernet: SuperTransformer, subnet: Subnet | None = None, side: str = "left") -> Tensor:
-    with torch.no_grad(), supernet.activate(subnet or supernet.space.max):
-        return logits_of(supernet(**inputs(side)))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
-@every_model
-def test_order_leaves_the_whole_model_what_it_was(name, suffix, dtype, tolerance):
-    # transformers' RMSNorms round to fp32 whatever the type, in whatever order the units come.
-    if dtype == torch.float64 and ("llama" in name or name in ("mistral", "qwen2", "qwen3")):
-        tolerance = 1e-6
-    for method in METHODS:
-        supernet = elastic(name, suffix, dtype)
-        before = {side: active(supernet, side=side) for side in ("left", "right")}
-        supernet.order(method, batches(suffix))
-        for side, expected in before.items():
-            assert distance(active(supernet, side=side), expected) < tolerance, method
-        moved = [key for key, order in supernet.permutation.items() if order != sorted(order)]
-        assert len(moved) >= 6, "next to nothing moved"
-        assert {axis for axis, _ in moved} == {"hidden", "heads", "ffn"}
-
-
-@every_model
-def test_after_order_an_extracted_subnet_still_equals_the_active_one(name, suffix):
-    supernet = elastic(name, suffix, torch.float64)
-    supernet.order("gradient", batches(suffix))
-    for subnet in subnets_of(name).values():
-        with torch.no_grad():
-            assert distance(logits_of(supernet.extract(subnet)(**inputs("left"))), active(supernet, subnet)) < 1e-12
-
-
-@every_family
-def test_two_orders_compose(name, suffix):
-    supernet = elastic(name, suffix, torch.float64)
-    before = active(supernet)
-    supernet.order("magnitude")
-    first = supernet.permutation
-    supernet.order("gradient", batches(suffix))
-    second = supernet.permutation
-    assert first != second
-    assert distance(active(supernet), before) < 1e-6
-    twin = elastic(name, suffix, torch.float64)
-    twin.apply_permutation(second)
-    ours, theirs = supernet.state_dict(), twin.state_dict()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    again = dict(supernet.permutation)
-    supernet.order("magnitude")
-    assert distance(active(supernet), before) < 1e-6
-    assert compose(again, {}) == again
-
-
-@every_family
-def test_order_undone_restores_every_weight_bit_for_bit(name, suffix):
-    supernet = elastic(name, suffix)
-    before = {key: value.clone() for key, value in supernet.state_dict().items()}
-    supernet.order("magnitude")
-    assert any(not torch.equal(before[key], value) for key, value in supernet.state_dict().items())
-    inverse = {key: torch.tensor(order).argsort().tolist() for key, order in supernet.permutation.items()}
-    supernet.apply_permutation(inverse)
-    assert all(torch.equal(before[key], value) for key, value in supernet.state_dict().items())
-    assert all(order == sorted(order) for order in supernet.permutation.values())
 
 
 def amplify(supernet: SuperTransformer, axis: str, layer: int | None, unit: int, factor: float) -> None:
     """Makes one unit matter: enlarges what reads it (and, along hidden, what every norm lets through of it)."""
     dims = supernet.dimensions
     for module in supernet.elastic():
-        if isinstance(module, ElasticLinear) and (extent := module.axes().input):
-            if (extent.axis, extent.layer) == (axis, layer):
-                width = extent.unit * (dims.group if axis == "heads" else 1)
+        if isinstance(module, ElasticLinear) and (size := module.axes().input):
+            if (size.axis, size.layer) == (axis, layer):
+                width = size.unit * (dims.group if axis == "heads" else 1)
                 matrix = module.weight.T if module.transposed else module.weight
                 matrix.data[:, unit * width : (unit + 1) * width] *= factor
         elif axis == "hidden" and isinstance(module, (ElasticLayerNorm, ElasticRMSNorm)):
@@ -152,12 +68,12 @@ def test_magnitude_is_the_sum_of_squares_of_what_reads_or_writes_a_unit(name, su
             axes = module.axes()
             if axes.input and (axes.input.axis, axes.input.layer) == key:
                 expected[key] += matrix[:, unit[key] * width : (unit[key] + 1) * width].square().sum().item()
-            for extent, start, stop in axes.outputs:
-                kind = "heads" if extent.axis == "kv_heads" else extent.axis
-                shared = extent.axis == "kv_heads" and dims.kv_heads == 1
-                if (kind, extent.layer) == key and not shared:
-                    size = (stop - start) // len(scores[key])
-                    rows = slice(start + unit[key] * size, start + (unit[key] + 1) * size)
+            for size, start, stop in axes.outputs:
+                axis = "heads" if size.axis == "kv_heads" else size.axis
+                shared = size.axis == "kv_heads" and dims.kv_heads == 1
+                if (axis, size.layer) == key and not shared:
+                    count = (stop - start) // len(scores[key])
+                    rows = slice(start + unit[key] * count, start + (unit[key] + 1) * count)
                     expected[key] += matrix[rows].square().sum().item()
         assert scores[key][unit[key]].item() == pytest.approx(expected[key], rel=1e-9)
 
@@ -244,48 +160,6 @@ def test_order_is_of_the_active_stages_too():
     assert permutation_of(supernet.importance("magnitude"))["ffn", 0][0] == 9
 
 
-@every_family
-def test_order_while_stages_are_merged_stays_right(name, suffix):
-    supernet = elastic(name, suffix, torch.float64)
-    before = active(supernet)
-    supernet.merge_stages(2)
-    supernet.order("magnitude")
-    assert supernet.merged_stages == 2
-    assert distance(active(supernet), before) < 1e-6
-    folded = active(supernet, supernet.space.min)
-    supernet.merge_stages(0)
-    assert distance(active(supernet, supernet.space.min), folded) < 1e-12
-
-
-def test_order_makes_small_subnets_of_a_model_with_unimportant_units_better():
-    """What it is for: where half of the units do nothing, the half-sized subnet loses nothing."""
-    model = make("llama", "ForCausalLM", dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        idle = torch.randperm(40, generator=generator)[:16]
-        block.mlp.down_proj.weight.data[:, idle] = 0
-        block.mlp.up_proj.weight.data[idle] *= 0.1
-        block.mlp.gate_proj.weight.data[idle] *= 0.1
-    supernet = SuperTransformer(model, space_of("llama"), rank=2)
-    whole = active(supernet)
-    narrow = Subnet(48, 6, 24, (0, 1, 2, 3))
-    assert distance(active(supernet, narrow), whole) > 0.1
-    supernet.order("magnitude")
-    assert distance(active(supernet, narrow), whole) < 1e-6
-
-
-@every_family
-def test_a_run_that_was_ordered_is_restored_on_a_fresh_base(name, suffix, tmp_path):
-    supernet = elastic(name, suffix)
-    supernet.order("activation", batches(suffix))
-    supernet.order("magnitude")
-    supernet.save_pretrained(tmp_path)
-    twin = SuperTransformer.from_pretrained(tmp_path, model=make(name, suffix)).eval()
-    assert twin.permutation == supernet.permutation
-    for subnet in subnets_of(name).values():
-        assert torch.equal(active(twin, subnet), active(supernet, subnet))
-
-
 def test_bad_method_and_missing_data_are_refused():
     supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space_of("bert"), rank=2)
     with pytest.raises(MLFSError, match="method='size': expected 'magnitude', 'activation' or 'gradient'"):
@@ -314,36 +188,3 @@ def test_scores_are_the_whole_models_whatever_is_active():
         with supernet.activate(supernet.space.min):
             scores = supernet.importance(method, batches("ForCausalLM"))
         assert all(torch.equal(scores[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize(
-    "permutation",
-    [
-        {("hidden", None): list(range(47))},
-        {("hidden", None): [0, *range(47)]},
-        {("hidden", 0): list(range(48))},
-        {("heads", None): list(range(3))},
-        {("heads", 0): list(range(6))},  # of groups: there are 3
-        {("heads", 4): list(range(3))},
-        {("ffn", 0): [39.5, *range(39)]},
-        {("depth", 0): [0]},
-    ],
-)
-def test_a_permutation_of_another_model_is_refused_and_nothing_moves(permutation):
-    supernet = elastic("llama", "ForCausalLM")
-    before = active(supernet)
-    with pytest.raises(MLFSError, match="is not one of this model's"):
-        supernet.apply_permutation(permutation)
-    assert torch.equal(active(supernet), before) and supernet.permutation == {}
-
-
-def test_padding_and_vocabulary_stay_where_they_are():
-    """Only heads, units and the residual stream move: token 1 is still the padding, and logits keep their places."""
-    supernet = elastic("roberta", "ForMaskedLM")
-    before = supernet.get_input_embeddings().weight.detach().clone()
-    supernet.order("magnitude")
-    after = supernet.get_input_embeddings().weight
-    order = supernet.permutation["hidden", None]
-    assert torch.equal(after, before[:, order]) and after.shape[0] == VOCABULARY
-    assert supernet.get_input_embeddings().padding_idx == PAD
-    assert not math.isnan(active(supernet).sum().item())

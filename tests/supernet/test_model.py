@@ -1,8 +1,6 @@
-"""What a super-transformer costs, how its subnets keep apart, and that it works as the model it was made from."""
+"""What activating costs, how subnets keep apart, and what a super-transformer refuses."""
 
 import asyncio
-import copy
-import re
 import statistics
 import threading
 import time
@@ -13,25 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlfs import MLFSError, SearchSpace, Subnet, SuperTransformer
-from mlfs.elastic.linear import ElasticLinear
-from tests.supernets import distance, elastic, parameters_of, perturb, space_of, subnets_of
-from tests.tiny_models import all_models, inputs, logits_of, make
-
-every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
-SOME = [
-    ("bert", "ForSequenceClassification"),
-    ("distilbert", "ForTokenClassification"),
-    ("gpt2", "LMHeadModel"),
-    ("gpt_bigcode-mqa", "ForCausalLM"),
-    ("llama", "ForCausalLM"),
-    ("qwen2", "ForSequenceClassification"),
-]
-some_models = pytest.mark.parametrize(("name", "suffix"), SOME)
+from tests.supernets import elastic, parameters_of, space_of, subnets_of
+from tests.tiny_models import inputs, logits_of, make
 
 
 class Ops(TorchDispatchMode):
@@ -175,17 +161,17 @@ def test_threads_that_run_different_subnets_each_get_their_own_result(name, suff
             expected.append(logits_of(supernet(**inputs())))
     barrier, wrong = threading.Barrier(len(chosen)), []
 
-    def work(mine: int) -> None:
+    def work(own: int) -> None:
         barrier.wait()
         for turn in range(25):
-            with torch.no_grad(), supernet.activate(chosen[mine]):
+            with torch.no_grad(), supernet.activate(chosen[own]):
                 first = logits_of(supernet(**inputs()))
-                with supernet.activate(chosen[mine - 1]):
+                with supernet.activate(chosen[own - 1]):
                     second = logits_of(supernet(**inputs()))
                 third = logits_of(supernet(**inputs()))
-            right = (expected[mine], expected[mine - 1], expected[mine])
+            right = (expected[own], expected[own - 1], expected[own])
             if not all(map(torch.equal, (first, second, third), right)):
-                wrong.append((mine, turn))
+                wrong.append((own, turn))
 
     with ThreadPoolExecutor(len(chosen)) as pool:
         for done in [pool.submit(work, i) for i in range(len(chosen))]:
@@ -224,223 +210,6 @@ def test_two_super_transformers_do_not_share_what_is_active():
     one, other = (elastic("bert", "ForSequenceClassification") for _ in range(2))
     with one.activate(one.space.min):
         assert other.active == other.space.max
-
-
-def train(supernet: SuperTransformer, subnets: list[Subnet]) -> dict[str, Tensor]:
-    """Gradients of a step whose backward pass runs after every activation has ended."""
-    supernet.train()
-    for module in supernet.modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in attribute or isinstance(module, nn.Dropout)):
-                setattr(module, attribute, 0.0)
-    loss = torch.zeros(())
-    for subnet in subnets:
-        with supernet.activate(subnet):
-            loss = loss + logits_of(supernet(**inputs(), use_cache=False)).square().mean()
-    with supernet.activate(supernet.space.min):  # of no concern to what already ran
-        loss.backward()
-    return {name: p.grad.clone() for name, p in supernet.own_parameters().items() if p.grad is not None}
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("thread", ["same thread", "another thread"])
-@some_models
-def test_gradient_checkpointing_gives_the_same_gradients(name, suffix, reentrant, thread):
-    subnets = [subnets_of(name)[key] for key in ("max", "per layer, without layer 0", "per layer, full depth")]
-    expected = train(elastic(name, suffix, torch.float64), subnets)
-    supernet = elastic(name, suffix, torch.float64)
-    # transformers before 5.21 has only the older name
-    enable = getattr(supernet.model, "activation_checkpointing_enable", supernet.model.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
-    if reentrant:
-        supernet.model.enable_input_require_grads()
-    ran: list[int] = []
-    for block in supernet.layers:
-        block.register_forward_pre_hook(lambda *_: ran.append(1))
-    if thread == "same thread":
-        actual = train(supernet, subnets)
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            actual = pool.submit(train, supernet, subnets).result()
-    assert expected.keys() == actual.keys() and len(expected) > 20
-    for place, gradient in expected.items():
-        torch.testing.assert_close(actual[place], gradient, rtol=1e-9, atol=1e-12)
-    small = supernet.extract(subnets[1])
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in small.modules())
-
-
-@every_model
-def test_hidden_states_are_those_of_the_extracted_model(name, suffix):
-    supernet = elastic(name, suffix, torch.float64)
-    for key in ("max", "uniform", "per layer, without layer 0"):
-        subnet = subnets_of(name)[key]
-        small = supernet.extract(subnet)
-        with torch.no_grad(), supernet.activate(subnet):
-            active = supernet(**inputs("left"), output_hidden_states=True).hidden_states
-        with torch.no_grad():
-            extracted = small(**inputs("left"), output_hidden_states=True).hidden_states
-        assert len(active) == len(extracted) == len(subnet.layers) + 1
-        assert all(h.shape[-1] == subnet.hidden for h in active)
-        assert max(map(distance, active, extracted)) < 1e-12
-
-
-@pytest.mark.parametrize(("name", "suffix"), [("llama", "ForCausalLM"), ("gpt2", "LMHeadModel")])
-def test_compiled_without_graph_breaks_each_subnet_equals_eager(name, suffix):
-    supernet = elastic(name, suffix)
-    torch._dynamo.reset()
-    compiled = torch.compile(supernet.model, fullgraph=True, backend="aot_eager")
-    batch = inputs() | {"use_cache": False}
-    for key in ("max", "per layer, without layer 0", "max"):
-        with torch.no_grad(), supernet.activate(subnets_of(name)[key]):
-            torch.testing.assert_close(compiled(**batch).logits, supernet(**batch).logits, rtol=1e-5, atol=1e-6)
-
-
-def test_compiled_training_gives_the_gradients_of_eager():
-    supernet = elastic("bert", "ForSequenceClassification")
-    torch._dynamo.reset()
-    compiled = torch.compile(supernet.model, fullgraph=True, backend="aot_eager")
-    gradients = []
-    for model in (supernet.model, compiled):
-        supernet.zero_grad()
-        with supernet.activate(subnets_of("bert")["per layer, full depth"]):
-            model(**inputs()).logits.square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in supernet.own_parameters().items() if p.grad is not None})
-    eager, traced = gradients
-    assert eager.keys() == traced.keys() and eager
-    for place in eager:
-        torch.testing.assert_close(traced[place], eager[place], rtol=1e-4, atol=1e-6)
-
-
-@some_models
-def test_a_deep_copy_is_a_super_transformer_of_its_own(name, suffix):
-    supernet = elastic(name, suffix)
-    twin = copy.deepcopy(supernet)
-    subnet = subnets_of(name)["per layer, without layer 0"]
-    with torch.no_grad():
-        with supernet.activate(subnet):
-            expected = logits_of(supernet(**inputs()))
-            assert twin.active == twin.space.max
-            assert logits_of(twin(**inputs())).shape == expected.shape
-            assert not torch.equal(logits_of(twin(**inputs())), expected)
-        with twin.activate(subnet):
-            assert torch.equal(logits_of(twin(**inputs())), expected)
-        for parameter in supernet.parameters():
-            parameter.zero_()
-        with twin.activate(subnet):
-            assert torch.equal(logits_of(twin(**inputs())), expected)
-    assert torch.equal(logits_of(twin.extract(subnet)(**inputs())).isfinite(), torch.ones_like(expected, dtype=bool))
-
-
-@some_models
-def test_a_bf16_base_keeps_fp32_adapters(name, suffix):
-    supernet = perturb(SuperTransformer(make(name, suffix, dtype=torch.bfloat16), space_of(name), rank=4))
-    exact = perturb(SuperTransformer(make(name, suffix, dtype=torch.bfloat16).float(), space_of(name), rank=4))
-    exact.load_state_dict(supernet.state_dict())
-    kinds = {re.search(r"lora_[AB]", key) is not None: p.dtype for key, p in supernet.named_parameters()}
-    assert kinds == {True: torch.float32, False: torch.bfloat16}
-    for subnet in subnets_of(name).values():
-        small = supernet.extract(subnet)
-        assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
-        with torch.no_grad(), supernet.activate(subnet), exact.activate(subnet):
-            active, right = logits_of(supernet(**inputs())), logits_of(exact(**inputs()))
-        assert active.dtype == torch.bfloat16
-        kept = inputs()["attention_mask"].bool() if active.dim() == 3 else ...
-        assert (active.float() - right)[kept].norm() < 0.04 * right[kept].norm()
-        with torch.no_grad():
-            assert (logits_of(small(**inputs())).float() - right)[kept].norm() < 0.04 * right[kept].norm()
-    logits_of(supernet(**inputs())).float().square().mean().backward()
-    gradients = [p.grad for p in supernet.own_parameters().values() if p.grad is not None]
-    assert gradients and all(torch.isfinite(g).all() for g in gradients)
-
-
-def test_autocast_runs_every_subnet_in_bf16():
-    supernet = elastic("llama", "ForCausalLM")
-    for subnet in subnets_of("llama").values():
-        with torch.no_grad(), supernet.activate(subnet):
-            exact = supernet(**inputs()).logits
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                half = supernet(**inputs()).logits
-        assert half.dtype == torch.bfloat16
-        assert (half.float() - exact).norm() < 0.04 * exact.norm()
-
-
-@every_model
-def test_parameters_are_counted_as_the_extracted_model_has_them(name, suffix):
-    supernet = elastic(name, suffix)
-    for subnet in subnets_of(name).values():
-        assert supernet.count_parameters(subnet) == parameters_of(supernet.extract(subnet))
-    assert supernet.count_parameters(supernet.space.max) == parameters_of(make(name, suffix))
-
-
-@every_model
-def test_trainable_numbers_are_those_a_step_of_the_subnet_can_change(name, suffix):
-    supernet = elastic(name, suffix)
-    for stage, head, norms in ((0, True, False), (1, False, False), (2, True, True), (None, True, False)):
-        supernet.train_stage(stage, head=head, norms=norms)
-        trained = {key: p for key, p in supernet.model.named_parameters() if p.requires_grad}
-        for subnet in (subnets_of(name)[key] for key in ("max", "min", "per layer, without layer 0")):
-            # From the shapes of the extracted model, whose layers are numbered anew.
-            expected = 0
-            for key, parameter in supernet.extract(subnet).named_parameters():
-                layer = re.escape(supernet.layers_name)
-                place = re.sub(rf"^({layer}\.)(\d+)\.", lambda m, s=subnet: f"{m[1]}{s.layers[int(m[2])]}.", key)
-                expected += parameter.numel() if place in trained else 0
-                if place.endswith(".weight") and f"{place.removesuffix('weight')}lora_A.{stage}" in trained:
-                    expected += 4 * sum(parameter.shape)
-            assert supernet.count_trainable(subnet) == expected
-            with supernet.activate(subnet):
-                logits = logits_of(supernet(**inputs()))
-            if logits.requires_grad:
-                gradients = torch.autograd.grad(logits.square().sum(), trained.values(), allow_unused=True)
-                assert 0 < sum(int((g != 0).sum()) for g in gradients if g is not None) <= expected
-
-
-@every_model
-def test_only_the_stage_that_trains_and_the_head_get_gradients(name, suffix):
-    supernet = SuperTransformer(make(name, suffix), space_of(name), rank=4)
-    heads = {
-        f"{place}.{key}"
-        for place, module in supernet.model.named_modules()
-        if isinstance(module, ElasticLinear) and module.owned
-        for key, _ in module.named_parameters(recurse=False)
-    }
-    assert bool(heads) == (suffix not in ("ForMaskedLM", "ForCausalLM", "LMHeadModel"))
-
-    def training() -> set[str]:
-        return {place for place, p in supernet.model.named_parameters() if p.requires_grad}
-
-    adapters = [{p for p in supernet.own_parameters() if re.search(rf"lora_[AB]\.{s}$", p)} for s in range(3)]
-    norms = {p for p, _ in supernet.model.named_parameters() if re.search(r"(norm|ln_[12f]|Norm)\.(weight|bias)$", p)}
-    norms -= {p for p in norms if re.search(r"\.[qk]_norm\.", p)}  # over head_dim: no axis reaches them
-    assert training() == adapters[0] | heads  # stage 0 from the start
-    for stage in range(3):
-        supernet.train_stage(stage)
-        assert training() == adapters[stage] | heads and supernet.stage == stage
-        supernet.train_stage(stage, head=False)
-        assert training() == adapters[stage]
-    supernet.train_stage(1, norms=True)
-    assert training() == adapters[1] | heads | norms
-    with supernet.activate(subnets_of(name)["per layer, without layer 0"]):
-        logits_of(supernet(**inputs())).square().mean().backward()
-    assert {place for place, p in supernet.model.named_parameters() if p.grad is not None} <= training()
-    supernet.train_stage(1)
-    assert training() == adapters[1] | heads
-    supernet.train_stage(None, head=False)
-    assert training() == set()
-
-
-@every_model
-def test_folded_stages_compute_the_same_to_rounding(name, suffix):
-    supernet = elastic(name, suffix, torch.float64)
-    for subnet in subnets_of(name).values():
-        with torch.no_grad(), supernet.activate(subnet):
-            expected = logits_of(supernet(**inputs()))
-            for stages in (1, 2, 3):
-                supernet.merge_stages(stages)
-                assert distance(logits_of(supernet(**inputs())), expected) < 1e-12
-                assert distance(logits_of(supernet.extract(subnet)(**inputs())), expected) < 1e-12
-            supernet.merge_stages(0)
-            assert torch.equal(logits_of(supernet(**inputs())), expected)
 
 
 def test_what_is_not_found_here_is_the_models():

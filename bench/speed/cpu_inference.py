@@ -1,0 +1,110 @@
+"""Inference parts of `bench.speed.cpu_step`: latency of each size, the price of switching, and decoding."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.speed.cpu_models import (
+    DECODER_SIZES,
+    ENCODER_SIZES,
+    encoder_batch,
+    one_sentence,
+    supernet_of,
+    with_stages,
+)
+from bench.speed.cpu_timing import alternate, ratios, spread
+from mlfs import Subnet, SuperTransformer, without_padding
+
+
+def inference(repeats: int) -> dict[str, Any]:
+    """Times each size, stages unmerged, against the extracted plain model; and switching between calls."""
+    found: dict[str, Any] = {}
+    supernet = with_stages(supernet_of("encoder")).eval()
+    padded = {name: value for name, value in encoder_batch().items() if name != "labels"}
+    batches = {"1": one_sentence(), "32": padded, "32, without padding": padded}
+    for size in ENCODER_SIZES:
+        small = supernet.extract(size).eval()
+        for rows, batch in batches.items():
+            variants = {
+                "mlfs": _active_call(supernet, size, batch, packs="without" in rows),
+                "extracted": _plain_call(small, batch),
+            }
+            case = f"{size}, batch {rows}"
+            times = alternate(variants, 3 * repeats, case)
+            found[case] = {name: spread(values) for name, values in times.items()}
+            found[case]["ratio"] = spread(ratios(times["mlfs"], times["extracted"]))
+    found["switching"] = _switching(supernet, batches["1"], repeats)
+    return found
+
+
+def decoding(repeats: int) -> dict[str, Any]:
+    """Measures tokens a second of the decoder at batch 1, and the share of the memory's bandwidth that they take.
+
+    The bandwidth is that of a copy of 256 MB, measured in the same turns; every weight counts as read once a token.
+    """
+    found: dict[str, Any] = {}
+    supernet = with_stages(supernet_of("decoder")).eval()
+    prompt, tokens = torch.randint(1000, 40000, (1, 16)), 24
+    source = torch.randn(64 << 20)
+    target = torch.empty_like(source)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    for size in DECODER_SIZES:
+        small = supernet.extract(size).eval()
+
+        def active(size: Subnet = size) -> None:
+            with torch.inference_mode(), supernet.activate(size):
+                supernet.generate(prompt, **options)
+
+        def plain(small: PreTrainedModel = small) -> None:
+            with torch.inference_mode():
+                small.generate(prompt, **options)
+
+        variants = {"mlfs": active, "extracted": plain, "copy": lambda: target.copy_(source)}
+        times = alternate(variants, max(repeats // 2, 3), f"decoding {size}")
+        bandwidth = 2 * source.nbytes / median(times["copy"])
+        read = 4 * supernet.count_parameters(size) * tokens  # bytes of fp32
+        found[str(size)] = {
+            "mlfs tokens/s": tokens / median(times["mlfs"]),
+            "extracted tokens/s": tokens / median(times["extracted"]),
+            "ratio": spread(ratios(times["extracted"], times["mlfs"])),
+            "share of bandwidth": read / median(times["mlfs"]) / bandwidth,
+        }
+    return found
+
+
+def _active_call(supernet: SuperTransformer, size: Subnet, batch: dict[str, Tensor], packs: bool) -> Callable[[], None]:
+    def call() -> None:
+        with torch.inference_mode(), supernet.activate(size), without_padding(packs):
+            supernet(**batch)
+
+    return call
+
+
+def _plain_call(model: PreTrainedModel, batch: dict[str, Tensor]) -> Callable[[], None]:
+    def call() -> None:
+        with torch.inference_mode():
+            model(**batch)
+
+    return call
+
+
+def _switching(supernet: SuperTransformer, batch: dict[str, Tensor], repeats: int) -> float:
+    """Returns the seconds that a call takes longer because the one before ran another size."""
+    a, b = ENCODER_SIZES[1:3]
+
+    def calls(order: tuple[Subnet, ...]) -> Callable[[], None]:
+        def run() -> None:
+            for size in order:
+                with torch.inference_mode(), supernet.activate(size):
+                    supernet(**batch)
+
+        return run
+
+    variants = {"mixed": calls((a, b) * 4), "same": calls((a,) * 4 + (b,) * 4)}
+    times = alternate(variants, 4 * repeats, "switching")
+    # within a run the mixed order switches 7 times, the other once
+    return (median(times["mixed"]) - median(times["same"])) / 6
