@@ -17,6 +17,7 @@ LEVELS = (
     ("training",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted((ROOT / "mlfs").rglob("*.py"))
