@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench bench-cpu sanitize clean
+.PHONY: help env demo test lint bench bench-cpu bench-gpu bench-quality bench-static bench-traffic sanitize clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
 	@echo '  Flags of a command go in ARGS, the Python to start from in PYTHON:'
 	@echo '  make test ARGS="-k subnet -x";  make env PYTHON=python3.12'
 
@@ -26,9 +26,6 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-cpu: $(STAMP) ## time training and inference on this CPU against PEFT and plain transformers
-	$(BIN)/python -m bench.speed.cpu_step $(ARGS)
-
 # Preloaded, since Python itself is not built with them; its own leaks are none of ours.
 SANITIZERS := $(shell gcc -print-file-name=libasan.so 2>/dev/null) $(shell gcc -print-file-name=libubsan.so 2>/dev/null)
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace --force
@@ -38,8 +35,23 @@ sanitize: $(STAMP) ## run the C++ extension's tests under AddressSanitizer and U
 	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/csrc $(ARGS); \
 	  result=$$?; $(BUILD); exit $$result
 
-bench: $(STAMP) ## time the operators
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: $(STAMP) ## time single operators
+	$(BIN)/python -m pytest bench/speed --benchmark-only $(ARGS)
+
+bench-cpu: $(STAMP) ## time training and inference on this CPU against PEFT and plain transformers
+	$(BIN)/python -m bench.speed.cpu_step $(ARGS)
+
+bench-gpu: $(STAMP) ## test the kernels on this GPU, then time them against cuBLAS, PEFT and copied slices
+	$(BIN)/python -m bench.speed.gpu $(ARGS)
+
+bench-quality: $(STAMP) ## compare one palette with the same sizes trained alone with PEFT (half an hour)
+	$(BIN)/python -m bench.quality.palette $(ARGS)
+
+bench-static: $(STAMP) ## compile the kernels for five GPUs and read their machine code
+	$(BIN)/python -m bench.static.gpu_static $(ARGS)
+
+bench-traffic: $(STAMP) ## count what training and decoding move and multiply, against PEFT and lower bounds
+	$(BIN)/python -m bench.static.roofline $(ARGS)
 
 clean: ## remove caches and build outputs (.venv stays)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -55,5 +55,6 @@ def extension() -> dict:
 setup(
     packages=find_packages(include=["mlfs", "mlfs.*"]) + kernels,
     package_dir={"mlfs.kernels": "kernels"},
+    package_data={"mlfs": ["py.typed"]},  # tells type checkers that the package has types
     **extension(),
 )

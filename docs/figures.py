@@ -1,4 +1,4 @@
-"""Draws the README's pictures: python docs/figures.py (reads bench/results/palette_quality.json)."""
+"""Draws the pictures of README.md and docs/: python docs/figures.py (reads bench/results/palette_quality.json)."""
 
 import json
 from pathlib import Path

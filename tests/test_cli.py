@@ -82,6 +82,75 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert (args.seed, args.stage_steps, args.learning_rate) == (7, [4, 5, 6], 1e-3)
 
 
+@pytest.mark.parametrize("words", [["10", "5", "5"], ["[10, 5, 5]"], ["[10,5,5]"]])
+def test_a_list_is_given_side_by_side_or_in_brackets(words: list[str], tmp_path: Path) -> None:
+    good = ["--model", "minilm", "--output_dir", str(tmp_path)]
+    assert train_arguments([*good, "--stage_steps", *words])[2].stage_steps == [10, 5, 5]
+    assert train_arguments(["--stage_steps", *words, *good])[2].stage_steps == [10, 5, 5]
+
+
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: minilm\noutput_dir: a\ndistill_beta: 0.2\n")
+    _, _, args = train_arguments([str(path), "--stage_steps", "10"])
+    assert (args.distill_beta, args.stage_steps) == ([0.2], [10])
+
+
+def test_nested_yaml_and_json_are_the_same_space_and_palette(tmp_path: Path) -> None:
+    palette = '{"small": {"hidden": 192, "heads": 6, "ffn": 768, "layers": [0, 2, 4]}}'
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: minilm\noutput_dir: a\nspace: {SPACE}\npalette:\n  small: {json.loads(palette)['small']}\n"
+    )
+    nested, _, nested_args = train_arguments([str(path)])
+    flat, _, flat_args = train_arguments(
+        ["--model", "minilm", "--output_dir", "a", "--space", SPACE, "--palette", palette]
+    )
+    assert nested.search_space() == flat.search_space() and nested.search_space().min.hidden == 192
+    assert json.loads(nested_args.palette) == json.loads(flat_args.palette) == json.loads(palette)
+
+
+def test_a_truth_value_is_said_stands_alone_or_is_denied(tmp_path: Path) -> None:
+    words = ["--model", "minilm", "--output_dir", str(tmp_path), "--save_only_model", "--no_train_head"]
+    _, _, args = train_arguments([*words, "--merge_stages", "false", "--train-norms", "true"])
+    assert (args.save_only_model, args.train_head, args.merge_stages, args.train_norms) == (True, False, False, True)
+
+
+def test_what_a_file_says_keeps_the_type_of_the_option(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: minilm\noutput_dir: a\nrevision: 1.0\nresume_from_checkpoint: true\nseed: null\nrank: 4\n")
+    model, _, args = train_arguments([str(path)])
+    assert (model.revision, args.resume_from_checkpoint, args.seed, args.rank) == ("1.0", "True", 42, 4)
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--seed", "x"], "seed=x: expected integer"), (["--bf16", "maybe"], "bf16=maybe: expected true|false"),
+    (["--seed"], "needs a value"), (["--seed", "1", "2"], "one value"),
+    (["--stage_steps", "2", "b"], "expected integer"),
+    (["--lr_scheduler_type", "straight"], "'linear'"), (["--task", "poetry"], "classification"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_one_line(words: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert main(["train", "--model", "minilm", "--output_dir", str(tmp_path / "r"), *words]) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error, message)
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["trian"], ["eval"], ["export", "run"], ["eval", "run", "--subset", "min"], ["train", "x"]]
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(words: list[str], capsys: Any) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert_one_line(error, "mlfs")
+    assert len(error.splitlines()) == 1
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mlfs", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("mlfs ") and done.returncode == 0
+
+
 @pytest.mark.parametrize("text,message", [
     ("model: minilm\nlearnin_rate: 1\n", "unknown option 'learnin_rate'; did you mean learning_rate"),
     ("- a\n", "expected a mapping"), ("a: [", "not YAML"),

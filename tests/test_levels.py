@@ -17,6 +17,7 @@ LEVELS = (
     ("training",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ASKS_THE_DEVICE = "mlfs.ops.backend"  # which backend runs is decided within ops, and nowhere above

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,7 +28,7 @@ def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a clean copy of the sources, where any call of a compiler fails."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
     for name in ("mlfs", "kernels", "csrc", "tests"):
@@ -48,6 +49,33 @@ def test_wheel_holds_mlfs_and_its_kernels_and_nothing_else(wheel):
     assert installed <= names
     assert "mlfs/kernels/__init__.py" in names
     assert {name.split("/")[0] for name in names} == {"mlfs"}
+
+
+def test_wheel_brings_its_types_and_its_licence(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
+        assert "mlfs/py.typed" in archive.namelist()
+
+
+def test_source_distribution_holds_all_that_is_compiled_and_the_licence(tmp_path):
+    names = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md")
+    for name in (*names, "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("mlfs", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path for name in ("kernels", "csrc") for path in (ROOT / name).iterdir() if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in sources if path.suffix != ".pyc"} <= packed
+    assert {*names, "mlfs/py.typed"} <= packed
 
 
 def test_installed_package_imports_its_kernels(wheel, tmp_path):

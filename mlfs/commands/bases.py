@@ -40,7 +40,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
 
     def search_space(self) -> SearchSpace | None:
-        """The space asked for; None for the default."""
+        """Reads `space` as JSON; None where it is not given, for the default. Raises MLFSError if it is not JSON."""
         if self.space is None:
             return None
         try:
@@ -51,7 +51,14 @@ class ModelArguments:
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token: its own, else the end-of-sequence token."""
+    """Loads a model's tokenizer, with a padding token: its own, else the end-of-sequence token.
+
+    Args:
+        name: a Hub name, a folder, or a short name. **options: of `from_pretrained`.
+
+    Raises:
+        MLFSError: there is no such model.
+    """
     with _readable("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(find_model(name), **options)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -60,21 +67,22 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, raw: RawData, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
-    """The pretrained model in fp32 with a head for the task of `raw`."""
+    """Loads a pretrained model with a head for the task of `raw`; in fp32 unless `options` say otherwise.
+
+    Args:
+        name: a Hub name, a folder, or a short name. tokenizer: its padding token goes into a model that has none.
+        **options: of `from_pretrained`.
+
+    Raises:
+        MLFSError: there is no such model.
+    """
     options = {"dtype": torch.float32} | options
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is expected
     try:
         with _readable("model", name):
-            if raw.task == "causal-lm":
-                model = AutoModelForCausalLM.from_pretrained(find_model(name), **options)
-            else:
-                labels: dict[str, Any] = {"num_labels": raw.num_labels}
-                if raw.task == "classification":
-                    labels |= {"id2label": raw.id2label, "label2id": raw.label2id}
-                else:
-                    labels["problem_type"] = "regression"
-                model = AutoModelForSequenceClassification.from_pretrained(find_model(name), **labels, **options)
+            auto: Any = AutoModelForCausalLM if raw.task == "causal-lm" else AutoModelForSequenceClassification
+            model = auto.from_pretrained(find_model(name), **_head_options(raw), **options)
     finally:
         logging.set_verbosity(verbosity)
     if getattr(model.config, "pad_token_id", None) is None:
@@ -83,7 +91,7 @@ def load_model(name: str, raw: RawData, tokenizer: PreTrainedTokenizerBase, **op
 
 
 def max_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model takes; None where it does not say."""
+    """Returns how many tokens the model takes; None where its configuration does not say."""
     positions = getattr(model.config, "max_position_embeddings", None)
     # RoBERTa counts positions from after its padding index.
     offset = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
@@ -91,13 +99,26 @@ def max_length(model: PreTrainedModel) -> int | None:
 
 
 def make_supernet(model: PreTrainedModel, model_args: ModelArguments, args: MLFSArguments) -> SuperTransformer:
-    """The super-transformer the arguments ask for; the base is recorded under the name the user gave."""
+    """Makes the super-transformer that the arguments ask for; its base is recorded under the name the user gave.
+
+    Raises:
+        MLFSError: the model's family is not in the table, or the space does not fit it.
+    """
     space = model_args.search_space()
     name = SHORT_NAMES.get(model_args.model, model_args.model)
     supernet = SuperTransformer(model, space, args.rank, alpha=args.lora_alpha, base_name=name)
     if model_args.per_layer:
         supernet.space = supernet.space.with_per_layer()
     return supernet
+
+
+def _head_options(raw: RawData) -> dict[str, Any]:
+    """What the configuration says of the head: nothing for language models, else the labels."""
+    if raw.task == "causal-lm":
+        return {}
+    if raw.task == "classification":
+        return {"num_labels": raw.num_labels, "id2label": raw.id2label, "label2id": raw.label2id}
+    return {"num_labels": raw.num_labels, "problem_type": "regression"}
 
 
 class _readable:

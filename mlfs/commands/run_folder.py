@@ -19,14 +19,22 @@ RESULTS_NAME = "results.json"
 
 
 def load_run(run: Path) -> tuple[SuperTransformer, PreTrainedTokenizerBase]:
-    """The super-transformer and the tokenizer of a run folder."""
+    """Loads the super-transformer and the tokenizer of a run folder; MLFSError where it holds no whole run."""
     supernet = SuperTransformer.from_pretrained(run)
     place = str(run) if (run / "tokenizer_config.json").exists() else str(supernet.base_name)
     return supernet, load_tokenizer(place)
 
 
 def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) -> Subnet:
-    """The subnet a user names: `max`, `min`, a name of the palette, or JSON."""
+    """Finds the subnet that a user names.
+
+    Args:
+        text: max, min, a name of the palette, or JSON.
+        run: the run folder, whose results name the palette it was evaluated with.
+
+    Raises:
+        MLFSError: no such name, or sizes that are not in the space.
+    """
     named = supernet.space.palette()
     if run is not None and (run / RESULTS_NAME).exists():
         rows = json.loads((run / RESULTS_NAME).read_text(encoding="utf-8"))["palette"]
@@ -50,7 +58,10 @@ def save_data_arguments(run: Path, data: DataArguments, raw: RawData) -> None:
 
 
 def load_data_arguments(run: Path) -> tuple[DataArguments, dict[int, str] | None]:
-    """What `save_data_arguments` recorded; defaults for a super-transformer that was saved by hand."""
+    """Reads what `save_data_arguments` recorded: how the data was read, and the names of the labels.
+
+    Defaults and None for a super-transformer that was saved by hand; MLFSError for a damaged file.
+    """
     if not (run / DATA_NAME).exists():
         return DataArguments(), None
     try:

@@ -1,0 +1,265 @@
+"""The options of `mlfs train`: from flags and a YAML file, read and checked by jsonargparse."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mlfs.errors import MLFSError
+
+DESCRIPTION = """Trains a super-transformer in three stages; prints what each size costs and scores.
+
+  mlfs train --model minilm --train_file train.tsv --validation_file dev.tsv --output_dir runs/rte
+  mlfs train examples/minilm_sst2.yaml --seed 1            options from a YAML file; flags override it
+  mlfs train examples/minilm_sst2.yaml --resume_from_checkpoint true
+
+The run folder holds the stages (a few megabytes; not the base), results.json and the log."""
+USAGE = "mlfs train [FILE.yaml] --model MODEL --output_dir RUN [options]"
+
+# Of transformers' own options, those most people need; --help-all shows the rest.
+COMMON = frozenset(
+    [
+        "output_dir",
+        "seed",
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "weight_decay",
+        "warmup_steps",
+        "lr_scheduler_type",
+        "logging_steps",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "bf16",
+        "report_to",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+    ]
+)
+DEFAULTS = {"eval_strategy": "epoch", "report_to": "none", "logging_steps": 50}  # instead of transformers'
+AS_JSON = ("space", "palette")  # kept as JSON text, and in a file also written as nested YAML
+
+
+def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
+    """Reads the options of `mlfs train`.
+
+    Args:
+        words: flags (`--name value`, `--name=value`; values of a list stand side by side or in brackets), and before
+            them, if wanted, a YAML file of `name: value`. A flag overrides the file.
+
+    Returns:
+        ModelArguments, DataArguments and MLFSArguments.
+
+    Raises:
+        MLFSError: an option that does not exist, or a value of another type than the option's.
+        SystemExit: after `--help` or `--help-all` has been answered.
+    """
+    from mlfs.commands.bases import ModelArguments
+    from mlfs.data.arguments import DataArguments
+    from mlfs.training.arguments import MLFSArguments
+
+    kinds = (ModelArguments, DataArguments, MLFSArguments)
+    types = {name: hint for kind in kinds for name, hint in _types(kind).items()}
+    if {"--help", "-h", "--help-all"} & set(words):
+        _parser(kinds, types, all_options="--help-all" in words).print_help()
+        raise SystemExit(0)
+    file = None
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        file, words = read_file(Path(words[0]), types), words[1:]
+    values = _parse(_parser(kinds, types), file or {}, spell_out(words, types))
+    values = {name: _as_declared(name, value, types[name]) for name, value in values.items() if value is not None}
+    if not values.get("model"):
+        raise MLFSError("give --model, a name on the Hub or a folder")
+    if not values.get("output_dir"):
+        raise MLFSError("give --output_dir, the folder the run is written to")
+    try:
+        made = [kind(**{name: values[name] for name in _types(kind) if name in values}) for kind in kinds]
+    except ValueError as error:  # transformers' own checks
+        raise MLFSError(" ".join(str(error).split())) from None
+    return tuple(made)  # type: ignore[return-value]
+
+
+def read_file(path: Path, types: dict[str, Any]) -> dict[str, Any]:
+    """Reads a YAML file of options; raises MLFSError unless it is a mapping of names in `types` to values."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MLFSError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise MLFSError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise MLFSError(f"{path}: expected a mapping of options to values")
+    for name in values:
+        if name not in types:
+            raise MLFSError(f"{path}: unknown option {name!r}{_nearest(str(name), types)}")
+    return values
+
+
+def spell_out(words: list[str], types: dict[str, Any]) -> list[str]:
+    """Brings flags into the form `--name=value`, with lists in brackets.
+
+    A truth value may stand alone (`--bf16`) or be denied (`--no_train_head`), and dashes may stand for underscores.
+
+    >>> spell_out(["--steps", "10", "5", "--bf16", "--no-fused"], {"steps": list[int], "bf16": bool, "fused": bool})
+    ['--steps=[10, 5]', '--bf16=true', '--fused=false']
+    """
+    flags: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            flags.append((option, [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(word)
+        else:
+            raise MLFSError(f"unexpected {word!r}: options start with --; a file of options ends in .yaml")
+    return [_spell_out_one(option, values, types) for option, values in flags]
+
+
+def _spell_out_one(option: str, values: list[str], types: dict[str, Any]) -> str:
+    name = option[2:].replace("-", "_")
+    positive = name.removeprefix("no_")
+    if name not in types and positive in types and bool in _members(types[positive]) and not values:
+        return f"--{positive}=false"
+    if name not in types:
+        raise MLFSError(f"unknown option {option}{_nearest(name, types)}")
+    if len(values) > 1 and _is_list(types[name]):
+        return f"--{name}=[{', '.join(values)}]"
+    if len(values) > 1:
+        raise MLFSError(f"{option} takes one value, not {len(values)}: {' '.join(values)}")
+    if not values and bool not in _members(types[name]):
+        raise MLFSError(f"{option} needs a value")
+    return f"--{name}={values[0] if values else 'true'}"
+
+
+def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = True) -> Any:
+    """The parser of all fields of `kinds`; unless `all_options`, its help leaves out the rarer ones of transformers."""
+    from jsonargparse import ArgumentParser
+    from transformers import TrainingArguments
+
+    rare = set() if all_options else {field.name for field in dataclasses.fields(TrainingArguments)} - COMMON
+    parser = ArgumentParser(
+        prog="mlfs train", usage=USAGE, description=DESCRIPTION, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+    )  # fmt: skip
+    for kind, title in zip(kinds, ("Model", "Data", "Training"), strict=True):
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(kind):
+            if field.name in types:
+                hint = types[field.name]
+                group.add_argument(
+                    f"--{field.name}",
+                    type=_accepted(field.name, hint),
+                    default=DEFAULTS.get(field.name),
+                    metavar=_metavar(hint, field.metadata.get("choices")),
+                    help=argparse.SUPPRESS if field.name in rare else _help(field),
+                )
+    group = parser.add_argument_group("Help")
+    group.add_argument("--help", action="store_true", help="show the method's options and the most used of training")
+    group.add_argument("--help-all", action="store_true", help="show transformers' TrainingArguments too")
+    return parser
+
+
+def _parse(parser: Any, file: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """What the file says, and over it the flags."""
+    from jsonargparse import ArgumentError
+
+    try:
+        values = parser.parse_object(file)
+        values.update(parser.parse_args(words, defaults=False))
+    except ArgumentError as error:
+        raise MLFSError(_in_one_line(str(error), parser)) from None
+    return {name: value for name, value in values.as_dict().items() if not name.startswith("help")}
+
+
+def _in_one_line(message: str, parser: Any) -> str:
+    """What jsonargparse says of a value of the wrong type, without its list of all types that were tried."""
+    key, value = re.search(r'key "(\w+)"', message), re.search(r"(?:Got|Given) value: (.*)", message)
+    if key is None or value is None:
+        return " ".join(message.split())
+    action = next(action for action in parser._actions if action.dest == key[1])
+    return f"{key[1]}={value[1]}: expected {action.metavar.lower()}"
+
+
+def _types(kind: type) -> dict[str, Any]:
+    """The type of each option, by name."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, without None; of another type itself."""
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(member for member in union if member is not type(None))
+
+
+def _is_list(hint: Any) -> bool:
+    return any(get_origin(member) is list for member in _members(hint))
+
+
+def _accepted(name: str, hint: Any) -> Any:
+    """The type that is read for an option of type `hint`: also nothing; one value for a list; nested YAML for JSON; for
+    text also what YAML takes for a number or a truth value (`revision: 1.0`)."""
+    hint = hint | None
+    for member in _members(hint):
+        if get_origin(member) is list:
+            hint = hint | get_args(member)[0]
+        if member is str:
+            hint = hint | int | float | bool
+    return dict[str, Any] | hint if name in AS_JSON else hint
+
+
+def _as_declared(name: str, value: Any, hint: Any) -> Any:
+    """The value of an option in its own type, from one of those that are accepted."""
+    if name in AS_JSON and isinstance(value, dict):
+        return json.dumps(value)
+    members = _members(hint)
+    if _is_list(hint) and str not in members and not isinstance(value, list):
+        return [value]
+    if str in members and isinstance(value, (bool, int, float)) and type(value) not in members:
+        return str(value)
+    return value
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The text of an option, with its default where the text does not name one."""
+    text = field.metadata.get("help", "")
+    default = DEFAULTS.get(field.name, field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if "default" in text.lower() or default in (None, "", [], dataclasses.MISSING):
+        return text
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
+
+
+def _metavar(hint: Any, choices: list[str] | None) -> str:
+    """How the help shows the values of an option."""
+    words = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    members = _members(hint)
+    if choices:
+        return "|".join(choices)
+    if str in members:
+        return "TEXT"
+    if _is_list(hint):
+        return f"{words.get(get_args(members[0])[0], 'VALUE')} ..."
+    return words.get(members[0], "VALUE")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "; `mlfs train --help-all` lists all options"
