@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.sliced_linear import with_rows
+from mlfs.kernels.arguments import with_rows
 
 
 @triton.jit
@@ -65,10 +65,12 @@ def rotary(
     if batch * tokens * most * dim:
         block_h, block_d = min(32, triton.next_power_of_2(most)), triton.next_power_of_2(dim // 2)
         tiles = triton.cdiv(heads, block_h) + triton.cdiv(k.shape[2], block_h)
+        (q_b, q_t, q_h, _), (k_b, k_t, k_h, _) = q.stride(), k.stride()
+        (cos_b, cos_t), (sin_b, sin_t) = _steps(cos), _steps(sin)
         _rotary[(batch * tokens, tiles)](
-            q, k, cos, sin, *out, tokens, heads, k.shape[2], dim // 2, *q.stride()[:3], *k.stride()[:3],
-            *_steps(cos), *_steps(sin), BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d,
-            num_warps=max(1, min(4, block_h * block_d // 256)),
+            q, k, cos, sin, *out, tokens=tokens, q_heads=heads, k_heads=k.shape[2], half=dim // 2,
+            q_b=q_b, q_t=q_t, q_h=q_h, k_b=k_b, k_t=k_t, k_h=k_h, cos_b=cos_b, cos_t=cos_t, sin_b=sin_b, sin_t=sin_t,
+            BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=max(1, min(4, block_h * block_d // 256)),
         )  # fmt: skip
     return out[0], out[1]
 
