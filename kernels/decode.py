@@ -31,7 +31,7 @@ from mlfs.kernels.tiles import dot, span_of, stage_of
 if TYPE_CHECKING:
     from mlfs.ops.layer import Epilogue, LowRankLinear
 
-MAX_TOKENS = 16
+MAX_TOKENS = 16  # the least that matrix units multiply at once
 BLOCK_C = 64
 
 

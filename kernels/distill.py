@@ -25,6 +25,7 @@ def _head_rows(
     HAS_TEACHER: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of student's and teacher's logits z and u: its losses, and with GRADIENT that of their sum, over z."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * z_t
     u += row.to(tl.int64) * u_t
@@ -37,7 +38,7 @@ def _head_rows(
     c = tl.arange(0, BLOCK)
 
     # of z: the largest, Σ exp(z − largest), and the same of z / T; of u: the largest, Σ exp((u − largest) / T)
-    cool = 1.0 / temperature
+    inverse = 1.0 / temperature
     top, total, tempered = row * 0.0 - float("inf"), row * 0.0, row * 0.0
     teacher_top, teacher_total = row * 0.0 - float("inf"), row * 0.0
     for start in range(0, length, BLOCK):
@@ -47,14 +48,14 @@ def _head_rows(
         higher = tl.maximum(top, tl.max(a, axis=0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(a - higher), axis=0)
         if TEMPERED:
-            tempered = tempered * tl.exp((top - higher) * cool) + tl.sum(tl.exp((a - higher) * cool), axis=0)
+            tempered = tempered * tl.exp((top - higher) * inverse) + tl.sum(tl.exp((a - higher) * inverse), axis=0)
         top = higher
         if HAS_TEACHER:
             b = tl.load(u + start + c, mask=read, other=0.0).to(tl.float32)
             b = tl.where(inside, b, -float("inf"))
             higher = tl.maximum(teacher_top, tl.max(b, axis=0))
-            teacher_total = teacher_total * tl.exp((teacher_top - higher) * cool)
-            teacher_total += tl.sum(tl.exp((b - higher) * cool), axis=0)
+            teacher_total = teacher_total * tl.exp((teacher_top - higher) * inverse)
+            teacher_total += tl.sum(tl.exp((b - higher) * inverse), axis=0)
             teacher_top = higher
 
     top, total = tl.where(counts, top, 0.0), tl.where(counts, total, 1.0)
@@ -66,7 +67,7 @@ def _head_rows(
     if HAS_TEACHER:
         teacher_top = tl.where(counts, teacher_top, 0.0)
         log_teacher = tl.log(tl.where(counts, teacher_total, 1.0))
-    others, apart = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    others, divergence = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     share = smoothing / vocabulary
     for start in range(0, vocabulary, BLOCK):
         read, inside = c < loaded - start, c < length - start
@@ -76,11 +77,11 @@ def _head_rows(
         g = tl.exp(log_q) - share - tl.where(start + c == label, 1.0 - smoothing, 0.0)
         if HAS_TEACHER:
             b = tl.load(u + start + c, mask=read, other=0.0).to(tl.float32) - teacher_top
-            log_r, log_p = log_q, b * cool - log_teacher
+            log_r, log_p = log_q, b * inverse - log_teacher
             if TEMPERED:
-                log_r = a * cool - log_tempered
+                log_r = a * inverse - log_tempered
             p = tl.exp(log_p)
-            apart += tl.where(inside, p * (log_p - log_r), 0.0)
+            divergence += tl.where(inside, p * (log_p - log_r), 0.0)
             g = (1.0 - alpha) * g + alpha * temperature * (tl.exp(log_r) - p)
         if GRADIENT:
             tl.store(z + start + c, tl.where(inside, g, 0.0).to(z.dtype.element_ty), mask=c < padded - start)
@@ -91,7 +92,7 @@ def _head_rows(
     loss = tl.where(named, loss, float("nan"))  # of a label that is none
     tl.store(task + row, tl.where(counts, loss, 0.0))
     if HAS_TEACHER:
-        tl.store(distance + row, temperature * temperature * tl.sum(apart, axis=0))
+        tl.store(distance + row, temperature * temperature * tl.sum(divergence, axis=0))
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def head_rows(
     smoothing: float,
     keep: bool,
 ) -> None:
-    """Writes task and divergence of each row of logits to sums (2, rows), and with `keep` their gradient over z.
+    """Writes task loss and divergence of each row of logits to sums (2, rows), and with `keep` their gradient over z.
 
     z, u: logits of student and teacher (rows, V), contiguous rows; u may be None: the divergence is left as it is.
     Where their rows start at multiples of 16, the columns up to the next such multiple are read, and in z zeroed, too.
@@ -207,7 +208,7 @@ def difference(
 
 
 def spread(d: Tensor, projection: Tensor, scale: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """scale · d · P[:, :n] as (T, n) of that type; scale: one number on the device."""
+    """Returns scale · d · P[:, :n] as (T, n) of that type; scale: one number on the device."""
     (tokens, size), projection = d.shape, with_rows(projection)
     dx = d.new_empty((tokens, n), dtype=dtype)
     block_t, block_c = 64, 64
@@ -222,7 +223,7 @@ def spread(d: Tensor, projection: Tensor, scale: Tensor, n: int, dtype: torch.dt
 
 
 def projected_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """dᵀ · x, (p, n) in fp32, of d (T, p) and x (T, n)."""
+    """Returns dᵀ · x, (p, n) in fp32, of d (T, p) and x (T, n)."""
     if not x.numel():
         return d.new_zeros((d.shape[1], x.shape[1]))
     if x.dtype == torch.bfloat16:  # whose range is fp32's; in fp16 the difference may not fit

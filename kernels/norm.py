@@ -42,6 +42,7 @@ def _forward(
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, P: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """y = norm(s) and, with KEEP, s = residual + dropout(x), of BLOCK_T rows."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     mask = (t < rows)[:, None] & (c < n)[None, :]
@@ -120,12 +121,16 @@ def forward(
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s) of 2-d tensors (T, n). s is x itself where nothing is added or dropped, else of the wider type of x and
-    residual. y has `dtype`, or that of s.
+    """Normalises s = residual + dropout(x).
 
     Args:
+        x, residual: (T, n); residual may be None.
         weight, bias: (N,), n ≤ N, contiguous, or None.
         p: probability of dropout. seed: one int64 on the device, needed if p > 0.
+
+    Returns:
+        y (T, n), of type `dtype` or s's; and s, which is x itself where nothing is added or dropped, else of the wider
+        type of x and residual.
     """
     rows, n = x.shape
     keep = residual is not None or p > 0
@@ -155,9 +160,15 @@ def backward(
     seed: Tensor | None = None,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, d_residual, dw, db), the last two (n,) in fp32 where the norm `trains`.
+    """Makes the gradients of `forward` from dy (T, n).
 
-    ds: what came back through the residual stream, if s goes on. dw and db are summed in a fixed order.
+    Args:
+        ds: what came back through the residual stream, if s goes on.
+        s: what `forward` returned.
+
+    Returns:
+        dx and d_residual (T, n), the same tensor without dropout; and dw and db, (n,) in fp32 and summed in a fixed
+        order, or None unless the norm `trains`.
     """
     rows, n = s.shape
     dy, s = with_rows(dy), s.contiguous()
