@@ -158,7 +158,7 @@ def candidates(
     """The configurations that fit the device, best first by the cost model.
 
     With an epilogue beyond the bias, or several stages, a tile has at most 128 × 128 numbers: bigger ones run out of
-    registers (see bench/gpu_static.py).
+    registers (see bench/static/gpu_static.py).
 
     The model: waves of blocks over the multiprocessors, times the work of one tile, padding included; tiles that reuse
     little of what they load (low block_t · block_c / (block_t + block_c)) are charged for the loads.

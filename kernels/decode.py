@@ -6,39 +6,46 @@ product with B it adds before it stores. One pass over W, and one small sum at t
 applies the activation.
 """
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import DEVICES, architecture, thin
-from mlfs.kernels.epilogue import apply_activation
-from mlfs.kernels.sliced_linear import (
+from mlfs.kernels.arguments import (
     Stages,
-    dot,
+    columns_or_none,
+    epilogue_parts,
     in_launches,
+    optional,
     precision_of,
-    six,
-    span_of,
-    stage_of,
+    span_arguments,
+    stride_or_zero,
     with_rows,
 )
+from mlfs.kernels.configs import DEVICES, architecture, thin
+from mlfs.kernels.epilogue import apply_activation
+from mlfs.kernels.tiles import dot, span_of, stage_of
 
-MAX_TOKENS = 16
+if TYPE_CHECKING:
+    from mlfs.ops.layer import Epilogue, LowRankLinear
+
+MAX_TOKENS = 16  # the least that matrix units multiply at once
 BLOCK_C = 64
 
 
 @triton.jit
 def _parts(
-    x, w, a0, a1, a2, b0, b1, b2, partial, tokens, depth, chunk, columns, x_t, w_k, w_c, a_q, b_c, c0, c1, c2,
-    s0, l0, s1, l1, s2, l2,
+    x, w, a0, a1, a2, b0, b1, b2, partial, tokens, depth, chunk, columns, x_t, w_k, w_c, a_q, b_c,
+    scale0, scale1, scale2, start0, length0, start1, length1, start2, length2,
     STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """partial[i, t, c]: x · Wᵀ + c_s (x · A_sᵀ) · B_sᵀ over the i-th part of the depth."""
-    first, length, offset, tile = span_of(tl.program_id(0), s0, l0, s1, l1, s2, l2, SPANS, BLOCK_C)
+    first, length, offset, tile = span_of(
+        tl.program_id(0), start0, length0, start1, length1, start2, length2, SPANS, BLOCK_C
+    )
     part = tl.program_id(1)
     t = tl.arange(0, BLOCK_T)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -49,26 +56,27 @@ def _parts(
     xs = x + t.to(tl.int64)[:, None] * x_t + k[None, :]
     ws = w + rows[None, :] * w_c + k[:, None] * w_k
     step = tl.full((), BLOCK_K, tl.int64) * w_k
-    acc, low = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    low = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)  # x · A_sᵀ
     if STAGES > 0:
         down = (stage_of(q, a0, a1, a2, RANK, STAGES) + (q % RANK) * a_q)[None, :] + k[:, None]
     end = tl.minimum(depth, (part + 1) * chunk)
     for start in range(part * chunk, end, BLOCK_K):
         inside = tl.arange(0, BLOCK_K) < end - start
         if EVEN_K:
-            u = tl.load(xs, mask=in_rows[:, None], other=0.0)
-            v = tl.load(ws, mask=in_columns[None, :], other=0.0)
+            a = tl.load(xs, mask=in_rows[:, None], other=0.0)
+            b = tl.load(ws, mask=in_columns[None, :], other=0.0)
         else:
-            u = tl.load(xs, mask=in_rows[:, None] & inside[None, :], other=0.0)
-            v = tl.load(ws, mask=inside[:, None] & in_columns[None, :], other=0.0)
-        acc = dot(u, v, acc, PRECISION)
+            a = tl.load(xs, mask=in_rows[:, None] & inside[None, :], other=0.0)
+            b = tl.load(ws, mask=inside[:, None] & in_columns[None, :], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
         if STAGES > 0:
-            low = dot(u, tl.load(down, mask=inside[:, None] & in_ranks[None, :], other=0.0), low, PRECISION)
+            low = dot(a, tl.load(down, mask=inside[:, None] & in_ranks[None, :], other=0.0), low, PRECISION)
             down += BLOCK_K
         xs += BLOCK_K
         ws += step
     if STAGES > 0:
-        low *= stage_of(q, c0, c1, c2, RANK, STAGES)
+        low *= stage_of(q, scale0, scale1, scale2, RANK, STAGES)
         up = (stage_of(q, b0, b1, b2, RANK, STAGES) + q % RANK)[:, None] + rows[None, :] * b_c
         b = tl.load(up, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
         acc = dot(low.to(x.dtype.element_ty), b, acc, PRECISION)
@@ -78,12 +86,15 @@ def _parts(
 
 @triton.jit
 def _sum(
-    partial, bias, operand, residual, y, parts, tokens, columns, operand_t, residual_t, y_t, s0, l0, s1, l1, s2, l2,
+    partial, bias, operand, residual, y, parts, tokens, columns, operand_t, residual_t, y_t,
+    start0, length0, start1, length1, start2, length2,
     SPANS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = act(Σ_i partial[i] + bias) + residual, the parts in order."""
-    first, length, offset, tile = span_of(tl.program_id(0), s0, l0, s1, l1, s2, l2, SPANS, BLOCK_C)
+    first, length, offset, tile = span_of(
+        tl.program_id(0), start0, length0, start1, length1, start2, length2, SPANS, BLOCK_C
+    )
     t = tl.arange(0, BLOCK_T)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (t < tokens)[:, None] & (c < length)[None, :]
@@ -104,53 +115,61 @@ def _sum(
     tl.store(y + t64[:, None] * y_t + column[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    spans: Sequence[int],
-    activation: str = "none",
-    operand: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The formula of `mlfs.ops.sliced_linear` for x (T ≤ 16, n), without anything kept for a backward pass."""
-    tokens, depth = x.shape
-    stages = Stages.pack(lora_a, lora_b, scales)
-    if stages.vector is not None:
-        stages.a = [stages.a[0] * stages.vector[:, None]]
-    x, bias = with_rows(x), None if bias is None else bias.contiguous()
-    operand, residual = (None if t is None else with_rows(t) for t in (operand, residual))
-    kind = x.dtype if residual is None else torch.result_type(x, residual)
-    y, column = x.new_empty((tokens, sum(spans[1::2])), dtype=kind), 0
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+def forward(x: Tensor, layer: "LowRankLinear", epilogue: "Epilogue | None" = None) -> Tensor:
+    """Applies a layer to x (T, n) of at most `MAX_TOKENS` tokens, and keeps nothing for a backward pass.
+
+    Args:
+        epilogue: what is done to the product; operand and residual are (T, m). None: nothing.
+
+    Returns:
+        y (T, m), of x's type or, with a residual, of the wider of theirs.
+    """
+    activation, operand, residual = epilogue_parts(epilogue)
+    x, stages = with_rows(x), Stages.of(layer)
+    if stages.rank_scales is not None:  # here no h is written that could be multiplied by them
+        scaled = stages.a[0] * stages.rank_scales[:, None]
+        stages = Stages([scaled], stages.b, [1.0])
+    bias = None if layer.bias is None else layer.bias.contiguous()
+    dtype = x.dtype if residual is None else torch.result_type(x, residual)
+    y = x.new_empty((x.shape[0], layer.rows), dtype=dtype)
     if not y.numel():
         return y
-    w, (block_k, pipeline) = weight.t(), thin(x.device, max(x.dtype.itemsize, weight.dtype.itemsize))
-    for some in in_launches(spans):
-        columns = sum(some[1::2])
-        out = slice(column, column := column + columns)
-        tiles = sum(triton.cdiv(length, BLOCK_C) for length in some[1::2])
-        wanted = max(1, 2 * DEVICES[architecture(x.device)].processors // tiles)
-        chunk = triton.cdiv(max(triton.cdiv(depth, wanted), 1), block_k) * block_k
-        parts = max(1, triton.cdiv(depth, chunk))
-        partial = torch.empty((parts, tokens, columns), dtype=torch.float32, device=x.device)
-        a, b = stages.three(stages.a, x), stages.three(stages.b, x)
-        _parts[(tiles, parts)](
-            x, w, *a, *b, partial, tokens, depth, chunk, columns, x.stride(0), *w.stride(),
-            a[0].stride(0), b[0].stride(0), *(stages.scales + [0.0] * 3)[:3], *six(some), STAGES=stages.count,
-            RANK=max(stages.rank, 1), SPANS=len(some) // 2, EVEN_K=depth % block_k == 0, PRECISION=precision_of(x),
-            BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=block_k,
-            BLOCK_R=max(16, triton.next_power_of_2(max(stages.width, 1))), num_warps=4, num_stages=pipeline,
-        )  # fmt: skip
-        goal = y[:, out]
-        _sum[(tiles,)](
-            partial, x if bias is None else bias, x if operand is None else operand[:, out],
-            x if residual is None else residual[:, out], goal, parts, tokens, columns,
-            0 if operand is None else operand.stride(0), 0 if residual is None else residual.stride(0), goal.stride(0),
-            *six(some), SPANS=len(some) // 2,
-            HAS_BIAS=bias is not None, ACTIVATION=activation, HAS_RESIDUAL=residual is not None, BLOCK_T=MAX_TOKENS,
-            BLOCK_C=BLOCK_C, num_warps=4,
+    for spans, columns in in_launches(layer.spans):
+        partial = _launch_parts(x, layer.weight, stages, spans)
+        own_operand, own_residual = columns_or_none(operand, columns), columns_or_none(residual, columns)
+        _sum[(_tiles(spans),)](
+            partial, optional(bias, x), optional(own_operand, x), optional(own_residual, x), y[:, columns],
+            parts=partial.shape[0], tokens=x.shape[0], columns=partial.shape[2],
+            operand_t=stride_or_zero(operand), residual_t=stride_or_zero(residual), y_t=y.stride(0),
+            **span_arguments(spans), HAS_BIAS=bias is not None, ACTIVATION=activation,
+            HAS_RESIDUAL=residual is not None, BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return y
+
+
+def _launch_parts(x: Tensor, weight: Tensor, stages: Stages, spans: list[int]) -> Tensor:
+    """Returns (parts, T, columns): the product over some of the depth each, without epilogue."""
+    tokens, depth = x.shape
+    columns, tiles = sum(spans[1::2]), _tiles(spans)
+    block_k, pipeline = thin(x.device, max(x.dtype.itemsize, weight.dtype.itemsize))
+    enough = max(1, 2 * DEVICES[architecture(x.device)].processors // tiles)
+    chunk = triton.cdiv(max(triton.cdiv(depth, enough), 1), block_k) * block_k
+    parts = max(1, triton.cdiv(depth, chunk))
+    partial = torch.empty((parts, tokens, columns), dtype=torch.float32, device=x.device)
+    _parts[(tiles, parts)](
+        x, weight, **stages.pointers(stages.a, x, "a"), **stages.pointers(stages.b, x, "b"), partial=partial,
+        tokens=tokens, depth=depth, chunk=chunk, columns=columns, x_t=x.stride(0),
+        w_k=weight.stride(1), w_c=weight.stride(0),
+        a_q=stages.a[0].stride(0) if stages.count else 0, b_c=stages.b[0].stride(0) if stages.count else 0,
+        **stages.scale_arguments(), **span_arguments(spans), STAGES=stages.count, RANK=max(stages.rank, 1),
+        EVEN_K=depth % block_k == 0, PRECISION=precision_of(x), BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=block_k,
+        BLOCK_R=max(16, triton.next_power_of_2(stages.width)), num_warps=4, num_stages=pipeline,
+    )  # fmt: skip
+    return partial
+
+
+def _tiles(spans: list[int]) -> int:
+    return sum(triton.cdiv(length, BLOCK_C) for length in spans[1::2])

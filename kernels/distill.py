@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlfs.kernels.arguments import divides, optional, precision_of, stride_or_zero, with_rows
 from mlfs.kernels.configs import thin
-from mlfs.kernels.sliced_linear import accumulate, dot, launch_reduce, precision_of, readable, with_rows
+from mlfs.kernels.reductions import launch_reduce
+from mlfs.kernels.tiles import accumulate, dot, rows_of
 
+IGNORED = -100  # the label of rows that do not count, as PyTorch's cross-entropy has it
 _BLOCK_BYTES, _WARPS = 8192, 8  # 32 bytes a thread; a small vocabulary still takes a number for each thread
 
 
@@ -22,6 +25,7 @@ def _head_rows(
     HAS_TEACHER: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of student's and teacher's logits z and u: its losses, and with GRADIENT that of their sum, over z."""
     row = tl.program_id(0)
     z += row.to(tl.int64) * z_t
     u += row.to(tl.int64) * u_t
@@ -34,7 +38,7 @@ def _head_rows(
     c = tl.arange(0, BLOCK)
 
     # of z: the largest, Σ exp(z − largest), and the same of z / T; of u: the largest, Σ exp((u − largest) / T)
-    cool = 1.0 / temperature
+    inverse = 1.0 / temperature
     top, total, tempered = row * 0.0 - float("inf"), row * 0.0, row * 0.0
     teacher_top, teacher_total = row * 0.0 - float("inf"), row * 0.0
     for start in range(0, length, BLOCK):
@@ -44,14 +48,14 @@ def _head_rows(
         higher = tl.maximum(top, tl.max(a, axis=0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(a - higher), axis=0)
         if TEMPERED:
-            tempered = tempered * tl.exp((top - higher) * cool) + tl.sum(tl.exp((a - higher) * cool), axis=0)
+            tempered = tempered * tl.exp((top - higher) * inverse) + tl.sum(tl.exp((a - higher) * inverse), axis=0)
         top = higher
         if HAS_TEACHER:
             b = tl.load(u + start + c, mask=read, other=0.0).to(tl.float32)
             b = tl.where(inside, b, -float("inf"))
             higher = tl.maximum(teacher_top, tl.max(b, axis=0))
-            teacher_total = teacher_total * tl.exp((teacher_top - higher) * cool)
-            teacher_total += tl.sum(tl.exp((b - higher) * cool), axis=0)
+            teacher_total = teacher_total * tl.exp((teacher_top - higher) * inverse)
+            teacher_total += tl.sum(tl.exp((b - higher) * inverse), axis=0)
             teacher_top = higher
 
     top, total = tl.where(counts, top, 0.0), tl.where(counts, total, 1.0)
@@ -63,7 +67,7 @@ def _head_rows(
     if HAS_TEACHER:
         teacher_top = tl.where(counts, teacher_top, 0.0)
         log_teacher = tl.log(tl.where(counts, teacher_total, 1.0))
-    others, apart = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    others, divergence = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     share = smoothing / vocabulary
     for start in range(0, vocabulary, BLOCK):
         read, inside = c < loaded - start, c < length - start
@@ -73,11 +77,11 @@ def _head_rows(
         g = tl.exp(log_q) - share - tl.where(start + c == label, 1.0 - smoothing, 0.0)
         if HAS_TEACHER:
             b = tl.load(u + start + c, mask=read, other=0.0).to(tl.float32) - teacher_top
-            log_r, log_p = log_q, b * cool - log_teacher
+            log_r, log_p = log_q, b * inverse - log_teacher
             if TEMPERED:
-                log_r = a * cool - log_tempered
+                log_r = a * inverse - log_tempered
             p = tl.exp(log_p)
-            apart += tl.where(inside, p * (log_p - log_r), 0.0)
+            divergence += tl.where(inside, p * (log_p - log_r), 0.0)
             g = (1.0 - alpha) * g + alpha * temperature * (tl.exp(log_r) - p)
         if GRADIENT:
             tl.store(z + start + c, tl.where(inside, g, 0.0).to(z.dtype.element_ty), mask=c < padded - start)
@@ -88,7 +92,7 @@ def _head_rows(
     loss = tl.where(named, loss, float("nan"))  # of a label that is none
     tl.store(task + row, tl.where(counts, loss, 0.0))
     if HAS_TEACHER:
-        tl.store(distance + row, temperature * temperature * tl.sum(apart, axis=0))
+        tl.store(distance + row, temperature * temperature * tl.sum(divergence, axis=0))
 
 
 @triton.jit
@@ -105,25 +109,22 @@ def _difference(
     read = in_rows
     if HAS_MASK:
         read = tl.load(mask + t, mask=in_rows, other=0) != 0
-    row, _ = readable(t, tokens, True)
-    t64, row = t.to(tl.int64)[:, None], row.to(tl.int64)[:, None]
     ps = projection + p.to(tl.int64)[None, :] * projection_p + k[:, None]
-    goal = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    goal = accumulate(
-        goal, teacher + row * teacher_t + k[None, :], ps, full, 1, in_columns, True, BLOCK_K, EVEN_FULL, PRECISION
-    )
-    mine = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    mine = accumulate(
-        mine, student + row * student_t + k[None, :], ps, n, 1, in_columns, True, BLOCK_K, EVEN_N, PRECISION
-    )
-    goal = tl.where(read[:, None], goal, 0.0)  # rows that do not count may hold anything
-    mine = tl.where(read[:, None], mine, 0.0) - goal
+    target = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    rows = rows_of(teacher, t, tokens, teacher_t, k)
+    target = accumulate(target, rows, ps, full, 1, in_columns, True, BLOCK_K, EVEN_FULL, PRECISION)
+    own = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    rows = rows_of(student, t, tokens, student_t, k)
+    own = accumulate(own, rows, ps, n, 1, in_columns, True, BLOCK_K, EVEN_N, PRECISION)
+    target = tl.where(read[:, None], target, 0.0)  # rows that do not count may hold anything
+    own = tl.where(read[:, None], own, 0.0) - target
     if KEEP:
-        tl.store(d + t64 * size + p[None, :], mine, mask=in_rows[:, None] & in_columns[None, :])
+        out = d + t.to(tl.int64)[:, None] * size + p[None, :]
+        tl.store(out, own, mask=in_rows[:, None] & in_columns[None, :])
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(sums + program, tl.sum(tl.sum(mine * mine, axis=1), axis=0))
-    tl.store(sums + programs + program, tl.sum(tl.sum(goal * goal, axis=1), axis=0))
+    tl.store(sums + program, tl.sum(tl.sum(own * own, axis=1), axis=0))
+    tl.store(sums + programs + program, tl.sum(tl.sum(target * target, axis=1), axis=0))
 
 
 @triton.jit
@@ -160,9 +161,8 @@ def head_rows(
     temperature: float,
     smoothing: float,
     keep: bool,
-    ignored: int = -100,
 ) -> None:
-    """Writes task and divergence of each row of logits to sums (2, rows), and with `keep` their gradient over z.
+    """Writes task loss and divergence of each row of logits to sums (2, rows), and with `keep` their gradient over z.
 
     z, u: logits of student and teacher (rows, V), contiguous rows; u may be None: the divergence is left as it is.
     Where their rows start at multiples of 16, the columns up to the next such multiple are read, and in z zeroed, too.
@@ -173,17 +173,20 @@ def head_rows(
         aligned = all(t.stride(0) % 16 == 0 for t in (z, u) if t is not None)
         padded = -(-vocabulary // 16) * 16 if aligned else vocabulary
         _head_rows[(rows,)](
-            z, z if u is None else u, labels.contiguous(), sums[0], sums[1], vocabulary, padded, z.stride(0),
-            0 if u is None else u.stride(0), float(alpha), float(temperature), float(smoothing),
-            HAS_TEACHER=u is not None, TEMPERED=temperature != 1, GRADIENT=keep, IGNORED=ignored, BLOCK=block,
-            num_warps=_WARPS,
+            z, optional(u, z), labels.contiguous(), sums[0], sums[1], vocabulary=vocabulary, padded=padded,
+            z_t=z.stride(0), u_t=stride_or_zero(u), alpha=float(alpha), temperature=float(temperature),
+            smoothing=float(smoothing), HAS_TEACHER=u is not None, TEMPERED=temperature != 1, GRADIENT=keep,
+            IGNORED=IGNORED, BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip
 
 
 def difference(
     student: Tensor, teacher: Tensor, projection: Tensor, mask: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Σ d², Σ goal², d (T, p) or empty) of student (T, n), teacher (T, N), projection (p, N) and mask (T,) or None."""
+    """Projects student (T, n) and teacher (T, N) by P (p, N) and compares them in the rows that mask (T,) keeps.
+
+    Returns Σ d² and Σ (teacher · Pᵀ)², and with `keep` d (T, p), the difference, else an empty tensor.
+    """
     (tokens, n), (size, full) = student.shape, projection.shape
     student, teacher, projection = with_rows(student), with_rows(teacher), with_rows(projection)
     d = torch.empty((tokens, size) if keep else 0, dtype=torch.float32, device=student.device)
@@ -195,30 +198,32 @@ def difference(
     sums = torch.empty((2, grid[0] * grid[1]), dtype=torch.float32, device=student.device)
     if tokens:
         _difference[grid](
-            student, teacher, projection, student if mask is None else mask.contiguous(), d, sums, tokens, n, full,
-            size, student.stride(0), teacher.stride(0), projection.stride(0), HAS_MASK=mask is not None, KEEP=keep,
-            EVEN_N=n % block_k == 0, EVEN_FULL=full % block_k == 0, PRECISION=precision_of(student), BLOCK_T=block_t,
-            BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4, num_stages=stages,
+            student, teacher, projection, student if mask is None else mask.contiguous(), d, sums,
+            tokens=tokens, n=n, full=full, size=size, student_t=student.stride(0), teacher_t=teacher.stride(0),
+            projection_p=projection.stride(0), HAS_MASK=mask is not None, KEEP=keep, EVEN_N=divides(block_k, [n]),
+            EVEN_FULL=divides(block_k, [full]), PRECISION=precision_of(student), BLOCK_T=block_t, BLOCK_P=block_p,
+            BLOCK_K=block_k, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return sums[0].sum(), sums[1].sum(), d
 
 
 def spread(d: Tensor, projection: Tensor, scale: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """scale · d · P[:, :n] as (T, n) of that type; scale: one number on the device."""
+    """Returns scale · d · P[:, :n] as (T, n) of that type; scale: one number on the device."""
     (tokens, size), projection = d.shape, with_rows(projection)
     dx = d.new_empty((tokens, n), dtype=dtype)
     block_t, block_c = 64, 64
     block_p = 32 if dtype == torch.bfloat16 else 16  # in fp32 the step's operands are in registers, and more spill
     if tokens:
         _spread[(triton.cdiv(tokens, block_t), triton.cdiv(n, block_c))](
-            d, projection, scale, dx, tokens, n, size, projection.stride(0), PRECISION=precision_of(d),
+            d, projection, scale, dx, tokens=tokens, n=n, size=size, projection_p=projection.stride(0),
+            PRECISION=precision_of(d),
             BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dx
 
 
 def projected_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """dᵀ · x, (p, n) in fp32, of d (T, p) and x (T, n)."""
+    """Returns dᵀ · x, (p, n) in fp32, of d (T, p) and x (T, n)."""
     if not x.numel():
         return d.new_zeros((d.shape[1], x.shape[1]))
     if x.dtype == torch.bfloat16:  # whose range is fp32's; in fp16 the difference may not fit

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
-
 
 @triton.jit
 def apply_activation(z, other, ACTIVATION: tl.constexpr):

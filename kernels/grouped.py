@@ -4,114 +4,133 @@ x is (T, N) and y (T, M), both at full width: a group reads its leading n column
 the rest of y is zero. Each program makes one tile of a table, which is ordered by W's rows first, so that the tiles of
 W that groups share are still in the cache when the next group reads them. (A persistent kernel that goes over the table
 takes up to 92 registers more for the same loop: 210 instead of 122 on sm90, forward, in tiles of 128 × 128.) The
-arithmetic of a tile is that of `sliced_linear`. The table depends on sizes only; it is made once for each and kept.
+arithmetic of a tile is that of `product`. The table depends on sizes only; it is made once for each and kept.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose, thin, unroll
-from mlfs.kernels.sliced_linear import (
+from mlfs.kernels.arguments import (
+    Arguments,
     Stages,
-    accumulate,
-    chunk_of,
-    dot,
-    launch_finish,
+    block_of_ranks,
+    divides,
+    optional,
+    pairs_of,
     precision_of,
-    readable,
-    stage_of,
-    trained_ranks,
+    tile_arguments,
     with_rows,
 )
+from mlfs.kernels.configs import Config, architecture, choose, thin, unroll
+from mlfs.kernels.reductions import Gradients, chunk_of
+from mlfs.kernels.tiles import accumulate, add_stages, readable, rows_of, stage_of, sum_over_tokens
+
+if TYPE_CHECKING:
+    from mlfs.ops.grouped_linear import Group
+    from mlfs.ops.layer import LowRankLinear, Wanted
 
 FIELDS = 8  # of a group, in memory: n, then (start, length) of up to three spans, and 1; all 0 for zeros
 
 
-class Group(Protocol):
-    """`tokens` consecutive rows of x from `first` on that read `n` columns and write `spans`; hashable."""
-
-    first: int
-    tokens: int
-    n: int
-    spans: tuple[int, ...]
-
-
 @triton.jit
 def _thin(
-    x, p0, p1, p2, h, table, groups, x_t, h_t, p_q, p_k, c0, c1, c2,
+    x, stage0, stage1, stage2, h, table, groups, x_t, h_t, stage_q, stage_k, scale0, scale1, scale2,
     STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """h[t, q] = c_s · Σ_k x[t, k] · P_s[k, r], over the n or the spans of the group that the tile of tokens is in."""
     entry = table + tl.program_id(0) * 3
     t, end = tl.load(entry) + tl.arange(0, BLOCK_T), tl.load(entry + 1)
-    in_rows = t < end
     group = groups + tl.load(entry + 2) * FIELDS
     q = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_ranks = q < STAGES * RANK
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    xs = x + tl.minimum(t, end - 1).to(tl.int64)[:, None] * x_t + k[None, :]
+    in_rows, in_ranks = t < end, q < STAGES * RANK
+    xs = rows_of(x, t, end, x_t, k)
     read, mask = readable(q, STAGES * RANK, SPANS == 0)
-    ps = (stage_of(read, p0, p1, p2, RANK, STAGES) + (read % RANK) * p_q)[None, :] + k[:, None] * p_k
+    stage = stage_of(read, stage0, stage1, stage2, RANK, STAGES) + (read % RANK) * stage_q
+    ps = stage[None, :] + k[:, None] * stage_k
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     if SPANS == 0:
         depth = tl.load(group) * ALIGN
-        acc = accumulate(acc, xs, ps, depth, p_k, mask, SPANS == 0, BLOCK_K, EVEN_K, PRECISION)
+        acc = accumulate(acc, xs, ps, depth, stage_k, mask, SPANS == 0, BLOCK_K, EVEN_K, PRECISION)
     for i in tl.static_range(SPANS):
         start = tl.load(group + 1 + 2 * i).to(tl.int64) * ALIGN
         depth = tl.load(group + 2 + 2 * i) * ALIGN
-        acc = accumulate(acc, xs + start, ps + start * p_k, depth, p_k, mask, SPANS == 0, BLOCK_K, EVEN_K, PRECISION)
-    acc *= stage_of(q, c0, c1, c2, RANK, STAGES)
+        ks = ps + start * stage_k
+        acc = accumulate(acc, xs + start, ks, depth, stage_k, mask, SPANS == 0, BLOCK_K, EVEN_K, PRECISION)
+    acc *= stage_of(q, scale0, scale1, scale2, RANK, STAGES)
     out = h + t.to(tl.int64)[:, None] * h_t + q[None, :]
     tl.store(out, acc.to(h.dtype.element_ty), mask=in_rows[:, None] & in_ranks[None, :])
 
 
 @triton.jit
-def _product(
-    x, w, bias, h, p0, p1, p2, y, table, groups, x_t, h_t, w_k, w_c, p_q, p_c, y_t,
-    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, UNROLL: tl.constexpr, UNIT_K: tl.constexpr,
-    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
-):  # fmt: skip
-    """Tiles of y; SPANS = 0: over each group's n (forward), else over its spans (backward); zeros off the groups."""
+def _tile(table, groups, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, FIELDS: tl.constexpr):
+    """This program's tile of the result: (tokens, their end, columns, their end, fields of the group)."""
     entry = table + tl.program_id(0) * 5
-    t, end = tl.load(entry) + tl.arange(0, BLOCK_T), tl.load(entry + 1)
-    c = tl.load(entry + 2) * ALIGN + tl.arange(0, BLOCK_C)
-    c_end = tl.load(entry + 3) * ALIGN
-    in_rows, in_columns = t < end, c < c_end
-    t64, c64 = t.to(tl.int64), c.to(tl.int64)
-    group = groups + tl.load(entry + 4) * FIELDS
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    xs = tl.minimum(t, end - 1).to(tl.int64)[:, None] * x_t + k[None, :]
+    t, t_end = tl.load(entry) + tl.arange(0, BLOCK_T), tl.load(entry + 1)
+    c, c_end = tl.load(entry + 2) * ALIGN + tl.arange(0, BLOCK_C), tl.load(entry + 3) * ALIGN
+    return t, t_end, c, c_end, groups + tl.load(entry + 4) * FIELDS
+
+
+@triton.jit
+def _store(y, acc, t, in_rows, c, in_columns, y_t, group, FIELDS: tl.constexpr):
+    """Writes a tile of y: acc, or zeros where no group is."""
+    acc = tl.where(tl.load(group + FIELDS - 1) > 0, acc, 0.0)
+    out = y + t.to(tl.int64)[:, None] * y_t + c[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _forward(
+    x, w, bias, h, stage0, stage1, stage2, y, table, groups, x_t, h_t, w_k, w_c, stage_c, y_t,
+    STAGES: tl.constexpr, RANK: tl.constexpr, UNIT_K: tl.constexpr, EVEN_K: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_T × BLOCK_C tile of y = x · Wᵀ + h · Bᵀ + bias over the n of its group."""
+    t, t_end, c, c_end, group = _tile(table, groups, BLOCK_T, BLOCK_C, ALIGN, FIELDS)
+    in_rows, in_columns = t < t_end, c < c_end
+    c64, k = c.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
+    xs = rows_of(x, t, t_end, x_t, k)
     read, mask = readable(c, c_end, UNIT_K)
     ws = w + read.to(tl.int64)[None, :] * w_c + k[:, None] * w_k
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    if SPANS == 0:
-        depth = tl.load(group) * ALIGN
-        acc = accumulate(acc, x + xs, ws, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
-    for s in tl.range(SPANS, loop_unroll_factor=UNROLL):
-        start, depth = tl.load(group + 1 + 2 * s) * ALIGN, tl.load(group + 2 + 2 * s) * ALIGN
-        ks = ws + start.to(tl.int64) * w_k
-        acc = accumulate(acc, x + start + xs, ks, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
-    for r in tl.static_range(0, STAGES * RANK, BLOCK_R):
-        q = r + tl.arange(0, BLOCK_R)
-        in_ranks = q < STAGES * RANK
-        hs = h + t64[:, None] * h_t + q[None, :]
-        ps = (stage_of(q, p0, p1, p2, RANK, STAGES) + (q % RANK) * p_q)[:, None] + c64[None, :] * p_c
-        a = tl.load(hs, mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
-        b = tl.load(ps, mask=in_ranks[:, None] & in_columns[None, :], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+    acc = accumulate(acc, xs, ws, tl.load(group) * ALIGN, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+    acc = add_stages(
+        acc, h, stage0, stage1, stage2, t, in_rows, c64, in_columns, h_t, 1, stage_c, STAGES, RANK, BLOCK_R, PRECISION
+    )
     if HAS_BIAS:
         acc += tl.load(bias + c64, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    acc = tl.where(tl.load(group + FIELDS - 1) > 0, acc, 0.0)
-    out = y + t64[:, None] * y_t + c64[None, :]
-    tl.store(out, acc.to(y.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+    _store(y, acc, t, in_rows, c64, in_columns, y_t, group, FIELDS)
+
+
+@triton.jit
+def _backward(
+    dy, w, g, stage0, stage1, stage2, dx, table, groups, dy_t, g_t, w_k, w_c, stage_q, dx_t,
+    STAGES: tl.constexpr, RANK: tl.constexpr, SPANS: tl.constexpr, UNROLL: tl.constexpr, UNIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_T × BLOCK_C tile of dx = dy · W + g · A over the spans of its group."""
+    t, t_end, c, c_end, group = _tile(table, groups, BLOCK_T, BLOCK_C, ALIGN, FIELDS)
+    in_rows, in_columns = t < t_end, c < c_end
+    c64, k = c.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
+    read, mask = readable(c, c_end, UNIT_K)
+    ws = w + read.to(tl.int64)[None, :] * w_c + k[:, None] * w_k
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for s in tl.range(SPANS, loop_unroll_factor=UNROLL):
+        start, length = tl.load(group + 1 + 2 * s) * ALIGN, tl.load(group + 2 + 2 * s) * ALIGN
+        ds, ks = rows_of(dy + start, t, t_end, dy_t, k), ws + start.to(tl.int64) * w_k
+        acc = accumulate(acc, ds, ks, length, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
+    acc = add_stages(
+        acc, g, stage0, stage1, stage2, t, in_rows, c64, in_columns, g_t, stage_q, 1, STAGES, RANK, BLOCK_R, PRECISION
+    )
+    _store(dx, acc, t, in_rows, c64, in_columns, dx_t, group, FIELDS)
 
 
 @triton.jit
@@ -127,52 +146,51 @@ def _reduce(
     q = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first, end = tl.load(chunks + part * 3), tl.load(chunks + part * 3 + 1)
     group = groups + tl.load(chunks + part * 3 + 2) * FIELDS
+    in_ranks, in_columns = q < ranks, c < columns
     if SPANS == 0:
-        live = c < tl.load(group) * ALIGN
+        is_read = c < tl.load(group) * ALIGN
     else:
-        live = c < 0
+        is_read = c < 0
         for s in tl.static_range(SPANS):
             start = tl.load(group + 1 + 2 * s) * ALIGN
-            live = live | ((c >= start) & (c < start + tl.load(group + 2 + 2 * s) * ALIGN))
-    in_ranks, in_columns = q < ranks, c < columns
-    t = first.to(tl.int64) + tl.arange(0, BLOCK_T)
-    gs = g + t[None, :] * g_t + q[:, None]
-    xs = x + t[:, None] * x_t + c[None, :]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(first, end, BLOCK_T):
-        inside = tl.arange(0, BLOCK_T) < end - start
-        a = tl.load(gs, mask=in_ranks[:, None] & inside[None, :], other=0.0)
-        b = tl.load(xs, mask=inside[:, None] & (in_columns & live)[None, :], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        gs += tl.full((), BLOCK_T, tl.int64) * g_t
-        xs += tl.full((), BLOCK_T, tl.int64) * x_t
-    out = (part.to(tl.int64) * ranks + q)[:, None] * columns + c[None, :]
-    tl.store(partial + out, acc, mask=in_ranks[:, None] & in_columns[None, :])
+            is_read = is_read | ((c >= start) & (c < start + tl.load(group + 2 + 2 * s) * ALIGN))
+    sum_over_tokens(
+        g, x, partial, part, first, end, g_t, x_t, q, in_ranks, c, in_columns, in_columns & is_read, ranks, columns,
+        PRECISION, BLOCK_T, BLOCK_C, BLOCK_R,
+    )  # fmt: skip
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
+Groups = tuple["Group", ...]
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    groups: tuple[Group, ...],
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(y (T, M), h (T, R)) for x (T, N): each group's product, zeros off its spans and where no group is."""
-    x, bias = with_rows(x), None if bias is None else bias.contiguous()
-    stages = Stages.pack(lora_a, lora_b, scales)
-    y = x.new_empty((x.shape[0], weight.shape[0]))
+
+def forward(x: Tensor, layer: "LowRankLinear", groups: Groups, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Applies a layer to x (T, N), each group of tokens at its own size.
+
+    Args:
+        layer: at full width; the groups' spans are read, not its own.
+        groups: consecutive tokens (`first`, `tokens`) that read `n` columns of x and write `spans` of y; hashable.
+        config: tiles of the product; chosen if None.
+
+    Returns:
+        y (T, M), zero off a group's spans and where no group is; and h (T, R), the c_s · x A_sᵀ side by side.
+    """
+    x, stages = with_rows(x), Stages.of(layer)
+    y = x.new_empty((x.shape[0], layer.weight.shape[0]))
     h = x.new_zeros((x.shape[0], stages.width))
     if not groups:
         return y.zero_(), h
     if y.numel():
         _launch_thin(x, stages.a, h, stages, groups, reads_spans=False)
-        _launch_product(x, weight.t(), bias, h, stages.b, stages, groups, False, y, config)
+        weight, bias = layer.weight, None if layer.bias is None else layer.bias.contiguous()
+        arguments = dict(
+            bias=optional(bias, x), h=h if stages.width else x, **stages.pointers(stages.b, x), y=y,
+            x_t=x.stride(0), h_t=h.stride(0), w_k=weight.stride(1), w_c=weight.stride(0),
+            stage_c=stages.b[0].stride(0) if stages.count else 0, y_t=y.stride(0), **stages.sizes(),
+            UNIT_K=weight.stride(1) == 1, HAS_BIAS=bias is not None,
+        )  # fmt: skip
+        _launch_product(_forward, x, weight, arguments, groups, config)
     return y, h
 
 
@@ -180,118 +198,119 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    groups: tuple[Group, ...],
-    trains: Sequence[bool],
-    needs_dx: bool,
+    layer: "LowRankLinear",
+    groups: Groups,
+    wanted: "Wanted",
     config: Config | None = None,
-) -> list[Tensor]:
-    """[dx (T, N), or (0, N) unless needed; dA_s, dB_s of each stage that trains] from dy (T, M) and h of `forward`.
+) -> tuple[Tensor, list[Tensor]]:
+    """Makes the gradients of `forward` from dy (T, M); what dy holds off a group's spans is not read.
 
-    What dy holds off a group's spans is not read.
+    Args:
+        x, h: (T, N), and what `forward` made of it; needed if a stage trains.
+        layer, groups, config: as for `forward`.
+
+    Returns:
+        dx (T, N), or (0, N) unless wanted; and [dA_s, dB_s, ...] of each stage that trains.
     """
-    dy = with_rows(dy)
-    stages = Stages.pack(lora_a, lora_b, scales)
-    dx = dy.new_empty((dy.shape[0] if needs_dx else 0, weight.shape[1]))
-    gradients = [torch.zeros_like(t) for s, train in enumerate(trains) if train for t in (lora_a[s], lora_b[s])]
+    dy, stages, gradients = with_rows(dy), Stages.of(layer), Gradients(layer, wanted.trains)
+    dx = dy.new_empty((dy.shape[0] if wanted.dx else 0, wanted.columns))
     if not dy.numel() or not groups:
-        return [dx.zero_(), *gradients]
+        return dx.zero_(), gradients.in_order()
     g = dy.new_zeros((dy.shape[0], stages.width))
     _launch_thin(dy, stages.b, g, stages, groups, reads_spans=True)
-    if needs_dx:
-        _launch_product(dy, weight, None, g, stages.a, stages, groups, True, dx, config)
-    if any(trains):
+    if wanted.dx:
+        weight, spans = layer.weight, _spans(groups)
+        arguments = dict(
+            g=g if stages.width else dy, **stages.pointers(stages.a, dy), dx=dx, dy_t=dy.stride(0), g_t=g.stride(0),
+            w_k=weight.stride(0), w_c=weight.stride(1), stage_q=stages.a[0].stride(0) if stages.count else 0,
+            dx_t=dx.stride(0), **stages.sizes(), SPANS=spans, UNROLL=unroll(dy.device, spans),
+            UNIT_K=weight.stride(0) == 1,
+        )  # fmt: skip
+        _launch_product(_backward, dy, weight, arguments, groups, config)
+    if gradients:
         assert x is not None and h is not None
-        ranks, starts = trained_ranks(lora_a, trains)
-        partial_a = _launch_reduce(g[:, ranks], with_rows(x), groups, reads_spans=False)
-        partial_b = _launch_reduce(h[:, ranks], dy, groups, reads_spans=True)
-        goals = iter(gradients)
-        for s, train in enumerate(trains):
-            if train:
-                place, rank = starts[s], lora_a[s].shape[0]
-                launch_finish(partial_a, next(goals), place, rank, [0, weight.shape[1]], transposed=False)
-                launch_finish(partial_b, next(goals), place, rank, [0, weight.shape[0]], transposed=True)
-    return [dx, *gradients]
+        rows = [0, layer.weight.shape[0]]
+        gradients.finish_a(_launch_reduce(g[:, gradients.ranks], with_rows(x), groups, reads_spans=False))
+        partial = _launch_reduce(h[:, gradients.ranks], dy, groups, reads_spans=True)
+        gradients.finish_b(partial, [(rows, slice(None))])
+    return dx, gradients.in_order()
 
 
 def _launch_thin(
-    x: Tensor, p: list[Tensor], h: Tensor, stages: Stages, groups: tuple[Group, ...], reads_spans: bool
+    x: Tensor, matrices: list[Tensor], h: Tensor, stages: Stages, groups: Groups, reads_spans: bool
 ) -> None:
+    """`reductions.launch_thin` of the columns of x that each group reads or, with `reads_spans`, writes."""
     if not stages.width:
         return
-    block_t, (block_k, pipeline) = 16, thin(x.device, max(x.dtype.itemsize, p[0].dtype.itemsize))
-    p_q, p_k = (1, p[0].stride(0)) if reads_spans else (p[0].stride(0), 1)
-    table, align = _token_tiles(groups, block_t, x.device), _alignment(groups)
-    depths = [n for group in groups for n in (group.spans[1::2] if reads_spans else (group.n,))]
+    row, align = matrices[0].stride(0), _alignment(groups)
+    block_t, (block_k, pipeline) = 16, thin(x.device, max(x.dtype.itemsize, matrices[0].dtype.itemsize))
+    table = _token_tiles(groups, block_t, x.device)
     _thin[(table.shape[0], triton.cdiv(stages.width, stages.block_r))](
-        x, *stages.three(p, x), h, table, _fields(groups, align, x.device), x.stride(0), h.stride(0), p_q, p_k,
-        *(stages.scales + [0.0] * 3)[:3], STAGES=stages.count, RANK=stages.rank, SPANS=_spans(groups, reads_spans),
-        EVEN_K=all(depth % block_k == 0 for depth in depths), ALIGN=align, PRECISION=precision_of(x),
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=stages.block_r, FIELDS=FIELDS, num_warps=4, num_stages=pipeline,
+        x, h=h, **stages.pointers(matrices, x), table=table, groups=_fields(groups, align, x.device),
+        x_t=x.stride(0), h_t=h.stride(0), stage_q=1 if reads_spans else row, stage_k=row if reads_spans else 1,
+        **stages.scale_arguments(), **stages.sizes(), SPANS=_spans(groups) if reads_spans else 0,
+        EVEN_K=divides(block_k, _depths(groups, reads_spans)), ALIGN=align, PRECISION=precision_of(x),
+        BLOCK_T=block_t, BLOCK_K=block_k, FIELDS=FIELDS, num_warps=4, num_stages=pipeline,
     )  # fmt: skip
-    if stages.vector is not None:
-        h.mul_(stages.vector)
+    stages.rescale_(h)
 
 
 def _launch_product(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    p: list[Tensor],
-    stages: Stages,
-    groups: tuple[Group, ...],
-    reads_spans: bool,
-    y: Tensor,
-    config: Config | None = None,
+    kernel: Any, x: Tensor, w: Tensor, arguments: Arguments, groups: Groups, config: Config | None
 ) -> None:
-    p_q, p_c = (0, 0) if not p else (p[0].stride(0), 1) if reads_spans else (1, p[0].stride(0))
-    depths = [n for group in groups for n in (group.spans[1::2] if reads_spans else (group.n,))]
-    align, spans = _alignment(groups, y.shape[1]), _spans(groups, reads_spans)
+    """Launches `_forward` or `_backward` over a table of tiles."""
+    is_backward = kernel is _backward
+    y = arguments["dx" if is_backward else "y"]
+    tokens, columns = y.shape
+    align, depths = _alignment(groups, columns), _depths(groups, is_backward)
 
     def run(config: Config) -> None:
-        table = _tiles(groups, y.shape[0], y.shape[1], config.block_t, config.block_c, reads_spans, align, x.device)
-        _product[(table.shape[0],)](
-            x, w, x if bias is None else bias, h if stages.width else x, *stages.three(p, x), y, table,
-            _fields(groups, align, x.device), x.stride(0), h.stride(0), *w.stride(), p_q, p_c, y.stride(0),
-            STAGES=stages.count, RANK=max(stages.rank, 1), SPANS=spans, UNROLL=unroll(x.device, spans),
-            UNIT_K=w.stride(0) == 1, EVEN_K=all(depth % config.block_k == 0 for depth in depths), ALIGN=align,
-            HAS_BIAS=bias is not None, PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c,
-            BLOCK_K=config.block_k, BLOCK_R=stages.block_r, FIELDS=FIELDS, num_warps=config.warps,
-            num_stages=config.stages,
+        table = _tiles(groups, tokens, columns, config.block_t, config.block_c, is_backward, align, x.device)
+        kernel[(table.shape[0],)](
+            x, w, **arguments, table=table, groups=_fields(groups, align, x.device),
+            EVEN_K=divides(config.block_k, depths), ALIGN=align, FIELDS=FIELDS, PRECISION=precision_of(x),
+            **tile_arguments(config),
         )  # fmt: skip
 
     if config is None:
-        shape, kinds = (*y.shape, x.shape[1]), (x.dtype, w.dtype)
-        config = choose("grouped", architecture(x.device), shape, kinds, run, epilogue=stages.count > 1)
+        shape, dtypes = (tokens, columns, x.shape[1]), (x.dtype, w.dtype)
+        config = choose("grouped", architecture(x.device), shape, dtypes, run, epilogue=arguments["STAGES"] > 1)
     run(config)
 
 
-def _launch_reduce(g: Tensor, x: Tensor, groups: tuple[Group, ...], reads_spans: bool) -> Tensor:
-    """(parts, R, C) of chunks of tokens, none of which crosses from one group into another."""
+def _launch_reduce(g: Tensor, x: Tensor, groups: Groups, reads_spans: bool) -> Tensor:
+    """Returns (parts, R, C) of chunks of tokens, none of which crosses from one group into another."""
     ranks, columns = g.shape[1], x.shape[1]
-    block_r = min(64, max(16, triton.next_power_of_2(ranks)))
-    block_t, block_c, align = 64, 64, _alignment(groups)
+    block_t, block_c, block_r, align = 64, 64, block_of_ranks(ranks), _alignment(groups)
     tokens = sum(group.tokens for group in groups)
     chunks = _token_tiles(groups, chunk_of(tokens, columns, block_t, block_c), x.device)
     partial = torch.empty((chunks.shape[0], ranks, columns), dtype=torch.float32, device=x.device)
     _reduce[(triton.cdiv(columns, block_c), chunks.shape[0], triton.cdiv(ranks, block_r))](
-        g, x, partial, chunks, _fields(groups, align, x.device), ranks, columns, g.stride(0), x.stride(0),
-        SPANS=_spans(groups, reads_spans), ALIGN=align, PRECISION=precision_of(x), BLOCK_T=block_t,
-        BLOCK_C=block_c, BLOCK_R=block_r, FIELDS=FIELDS, num_warps=4, num_stages=3,
+        g, x, partial, chunks=chunks, groups=_fields(groups, align, x.device), ranks=ranks, columns=columns,
+        g_t=g.stride(0), x_t=x.stride(0), SPANS=_spans(groups) if reads_spans else 0, ALIGN=align,
+        PRECISION=precision_of(x), BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_R=block_r, FIELDS=FIELDS, num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return partial
 
 
-def _spans(groups: tuple[Group, ...], reads_spans: bool) -> int:
-    return max(1, *(len(group.spans) // 2 for group in groups)) if reads_spans else 0
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _spans(groups: Groups) -> int:
+    """How many spans the kernels go over: those of the group that has most."""
+    return max(1, *(len(group.spans) // 2 for group in groups))
+
+
+def _depths(groups: Groups, reads_spans: bool) -> list[int]:
+    """Over how many columns of x, or with `reads_spans` of dy, products sum."""
+    if reads_spans:
+        return [length for group in groups for length in group.spans[1::2]]
+    return [group.n for group in groups]
 
 
 @lru_cache(maxsize=1024)
-def _alignment(groups: tuple[Group, ...], columns: int = 0) -> int:
+def _alignment(groups: Groups, columns: int = 0) -> int:
     """16 if all that is read and written starts and ends at a multiple of it, else 1.
 
     Tables hold columns in units of it, so that the compiler can tell which loads are aligned and that no mask cuts one:
@@ -301,18 +320,17 @@ def _alignment(groups: tuple[Group, ...], columns: int = 0) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _fields(groups: tuple[Group, ...], align: int, device: torch.device) -> Tensor:
+def _fields(groups: Groups, align: int, device: torch.device) -> Tensor:
     rows = []
     for group in groups:
-        pairs = zip(group.spans[::2], group.spans[1::2], strict=True)
-        spans = [number // align for pair in pairs for number in pair]
+        spans = [number // align for number in group.spans]
         rows.append([group.n // align, *spans, *[0] * (FIELDS - 2 - len(spans)), 1])
     rows.append([0] * FIELDS)
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=1024)
-def _token_tiles(groups: tuple[Group, ...], block: int, device: torch.device) -> Tensor:
+def _token_tiles(groups: Groups, block: int, device: torch.device) -> Tensor:
     """(first token, end, group) of tiles of at most `block` tokens."""
     rows = [
         (t, min(t + block, group.first + group.tokens), i)
@@ -324,7 +342,7 @@ def _token_tiles(groups: tuple[Group, ...], block: int, device: torch.device) ->
 
 @lru_cache(maxsize=1024)
 def _tiles(
-    groups: tuple[Group, ...],
+    groups: Groups,
     tokens: int,
     columns: int,
     block_t: int,
@@ -340,7 +358,7 @@ def _tiles(
     rows, zeros = [], len(groups)
     for i, group in enumerate(groups):
         spans = (0, group.n) if backward else group.spans
-        live = [(a, a + k) for a, k in zip(spans[::2], spans[1::2], strict=True) if k]
+        live = [(start, start + length) for start, length in pairs_of(spans) if length]
         rows += [(*tile, i) for tile in _cover(group.first, group.tokens, live, block_t, block_c)]
         rows += [(*tile, zeros) for tile in _cover(group.first, group.tokens, _gaps(live, columns), block_t, block_c)]
     covered = [(group.first, group.first + group.tokens) for group in groups]

@@ -1,46 +1,50 @@
-"""Several linear layers over one x (formula: `mlfs.ops.joint_linear`), by the kernels of `sliced_linear` and two more.
+"""Several linear layers over one x (formula: `mlfs.ops.joint_linear`), by `reductions` and two kernels of its own.
 
-All adapters' x A_sᵀ, side by side, come from one thin launch, all dA from one reduction over x. `_together` makes every
-y in one launch: a tile is of one layer or, gated, of both, so that nothing is written to be read back. `_sum` makes dx:
-its loop goes over every layer's dy and W in turn, into one accumulator: no summand is written. Each W is read in place.
+All adapters' x A_sᵀ, side by side, come from one thin launch, all dA from one reduction over x. `_forward` makes every
+y in one launch: a tile is of one layer or, gated, of both, so that nothing is written to be read back. `_backward`
+makes dx: its loop goes over every layer's dy and W in turn, into one accumulator: no summand is written. Each W is read
+in place. Names: see `tiles`; stage12 is stage 2 of layer 1.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.configs import Config, architecture, choose, unroll
-from mlfs.kernels.epilogue import apply_activation
-from mlfs.kernels.sliced_linear import (
+from mlfs.kernels.arguments import (
+    Arguments,
     Stages,
-    accumulate,
-    add_stages,
-    launch_back,
-    launch_finish,
-    launch_reduce,
-    launch_thin,
-    nth,
+    divides,
+    numbered,
+    optional,
     precision_of,
-    readable,
-    span_of,
-    tile_of,
+    rows_or_none,
+    stride_or_zero,
+    tile_arguments,
     with_rows,
 )
+from mlfs.kernels.configs import Config, architecture, choose, unroll
+from mlfs.kernels.epilogue import apply_activation
+from mlfs.kernels.reductions import launch_finish, launch_reduce, launch_thin, launch_thin_and_reduce
+from mlfs.kernels.tiles import accumulate, add_stages, nth, readable, rows_of, span_of, tile_of
+
+if TYPE_CHECKING:
+    from mlfs.ops.layer import LowRankLinear, Wanted
 
 
 @triton.jit
-def _together(
-    x, w0, w1, w2, b0, b1, b2, h, p00, p01, p02, p10, p11, p12, p20, p21, p22, y0, y1, y2, z,
-    tokens, depth, m0, m1, m2, x_t, h_t, w0_k, w0_c, w1_k, w1_c, w2_k, w2_c,
+def _forward(
+    x, w0, w1, w2, bias0, bias1, bias2, h, stage00, stage01, stage02, stage10, stage11, stage12,
+    stage20, stage21, stage22, y0, y1, y2, z, tokens, depth, columns0, columns1, columns2, x_t, h_t,
+    w0_k, w0_c, w1_k, w1_c, w2_k, w2_c,
     LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
     SELECTS: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_T × BLOCK_C tile of one y_i = x · W_iᵀ + h_i · B_iᵀ + b_i; p_is: B of stage s, (M, R).
+    """One BLOCK_T × BLOCK_C tile of one y_i = x · W_iᵀ + h_i · B_iᵀ + b_i; the stages are B, (M, R).
 
     GATED: of y_0 = SiLU(z) · y_1, where z is what the first layer makes; KEEP: z and y_1 are written, too. SELECTS: in
     one loop, over pointers to the layer's W, or, gated, to half a tile of either W; else in a loop for each W.
@@ -48,21 +52,23 @@ def _together(
     WIDTH: tl.constexpr = BLOCK_C // 2 if GATED and SELECTS else BLOCK_C  # columns of each layer
     tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
     if GATED:
-        layer, length, tile = 0, m0, tile_c
+        layer, length, tile = 0, columns0, tile_c
     else:
-        layer, length, _, tile = span_of(tile_c, 0, m0, 1, m1, 2, m2, LAYERS, BLOCK_C)
-    t, k = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K).to(tl.int64)
-    r, first = tile * WIDTH + tl.arange(0, BLOCK_C) % WIDTH, tl.arange(0, BLOCK_C) < WIDTH
+        layer, length, _, tile = span_of(tile_c, 0, columns0, 1, columns1, 2, columns2, LAYERS, BLOCK_C)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    r = tile * WIDTH + tl.arange(0, BLOCK_C) % WIDTH  # rows of W
+    is_first = tl.arange(0, BLOCK_C) < WIDTH  # of two layers
     r64, in_rows, inside = r.to(tl.int64), t < tokens, r < length
-    xs = x + tl.minimum(t, tokens - 1).to(tl.int64)[:, None] * x_t + k[None, :]
+    xs = rows_of(x, t, tokens, x_t, k)
     read, mask = readable(r, length, UNIT_K)
     rows, depths = read.to(tl.int64)[None, :], k[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     up = acc
     if SELECTS:
         if GATED:  # selects whole tiles of pointers: of a row of them, what is known of their alignment would be lost
-            ws, w_k = w0 + rows * w0_c + depths * w0_k, tl.where(first[None, :], w0_k, w1_k)
-            ws = tl.where(first[None, :], ws, w1 + rows * w1_c + depths * w1_k)
+            ws, w_k = w0 + rows * w0_c + depths * w0_k, tl.where(is_first[None, :], w0_k, w1_k)
+            ws = tl.where(is_first[None, :], ws, w1 + rows * w1_c + depths * w1_k)
         else:
             w_k, w_c = nth(layer, w0_k, w1_k, w2_k, LAYERS), nth(layer, w0_c, w1_c, w2_c, LAYERS)
             ws = nth(layer, w0, w1, w2, LAYERS) + rows * w_c + depths * w_k
@@ -80,26 +86,51 @@ def _together(
             ws, steps = w2 + rows * w2_c + depths * w2_k, tl.where(layer == 2, depth, 0)
             acc = accumulate(acc, xs, ws, steps, w2_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
     if GATED:
-        one, two, h1 = inside & first, (inside & ~first) if SELECTS else inside, h + STAGES * RANK
-        acc = add_stages(acc, h, p00, p01, p02, t, in_rows, r64, one, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION)
+        in_first, in_second = inside & is_first, (inside & ~is_first) if SELECTS else inside
+        acc = add_stages(
+            acc, h, stage00, stage01, stage02, t, in_rows, r64, in_first, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION
+        )
         if SELECTS:  # before the tile is split: products of its parts would let none of the loop's overlap on sm90
             up = acc
-        up = add_stages(up, h1, p10, p11, p12, t, in_rows, r64, two, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION)
+        h1 = h + STAGES * RANK
+        up = add_stages(
+            up,
+            h1,
+            stage10,
+            stage11,
+            stage12,
+            t,
+            in_rows,
+            r64,
+            in_second,
+            h_t,
+            1,
+            RANK,
+            STAGES,
+            RANK,
+            BLOCK_R,
+            PRECISION,
+        )
         if SELECTS:
             acc, up = tl.split(tl.permute(tl.reshape(up, (BLOCK_T, 2, WIDTH)), (0, 2, 1)))
     else:
-        p0, p1 = nth(layer, p00, p10, p20, LAYERS), nth(layer, p01, p11, p21, LAYERS)
-        p2, hs = nth(layer, p02, p12, p22, LAYERS), h + layer * STAGES * RANK
-        acc = add_stages(acc, hs, p0, p1, p2, t, in_rows, r64, inside, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION)
+        stage0 = nth(layer, stage00, stage10, stage20, LAYERS)
+        stage1 = nth(layer, stage01, stage11, stage21, LAYERS)
+        stage2 = nth(layer, stage02, stage12, stage22, LAYERS)
+        hs = h + layer * STAGES * RANK
+        acc = add_stages(
+            acc, hs, stage0, stage1, stage2, t, in_rows, r64, inside, h_t, 1, RANK, STAGES, RANK, BLOCK_R, PRECISION
+        )
 
     c = tile * WIDTH + tl.arange(0, WIDTH)
     in_columns = c < length
     out, mask = t.to(tl.int64)[:, None] * length + c[None, :], in_rows[:, None] & in_columns[None, :]
     if HAS_BIAS:
-        acc += tl.load(nth(layer, b0, b1, b2, LAYERS) + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        bias = nth(layer, bias0, bias1, bias2, LAYERS)
+        acc += tl.load(bias + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if GATED:
         if HAS_BIAS:
-            up += tl.load(b1 + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias1 + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         if KEEP:
             tl.store(z + out, acc.to(z.dtype.element_ty), mask=mask)
             tl.store(y1 + out, up.to(y1.dtype.element_ty), mask=mask)
@@ -109,25 +140,29 @@ def _together(
 
 
 @triton.jit
-def _sum(
-    d0, d1, d2, w0, w1, w2, g, p0, p1, p2, residual, dx, tokens, columns, m0, m1, m2, d0_t, d1_t, d2_t, w0_k, w0_c,
-    w1_k, w1_c, w2_k, w2_c, g_t, p_q, p_c, residual_t,
+def _backward(
+    dy0, dy1, dy2, w0, w1, w2, g, stage0, stage1, stage2, residual, dx, tokens, columns, depth0, depth1, depth2,
+    dy0_t, dy1_t, dy2_t, w0_k, w0_c, w1_k, w1_c, w2_k, w2_c, g_t, stage_q, residual_t,
     LAYERS: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_T × BLOCK_C tile of dx = Σ_i d_i · W_i + g · P + residual, over the m_i rows of each W_i."""
+    """One BLOCK_T × BLOCK_C tile of dx = Σ_i dy_i · W_i + g · A + residual, over the leading rows of each W_i; the
+    stages are those of all layers' A."""
     tile_t, tile_c = tile_of(tokens, BLOCK_T, GROUP)
     t, c = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows, in_columns = t < tokens, c < columns
-    t64, c64, k = tl.minimum(t, tokens - 1).to(tl.int64)[:, None], c.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
+    c64, k = c.to(tl.int64), tl.arange(0, BLOCK_K).to(tl.int64)
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for i in tl.range(LAYERS, loop_unroll_factor=UNROLL):
-        d, w, m = nth(i, d0, d1, d2, LAYERS), nth(i, w0, w1, w2, LAYERS), nth(i, m0, m1, m2, LAYERS)
+        dy, dy_t = nth(i, dy0, dy1, dy2, LAYERS), nth(i, dy0_t, dy1_t, dy2_t, LAYERS)
+        w, depth = nth(i, w0, w1, w2, LAYERS), nth(i, depth0, depth1, depth2, LAYERS)
         w_k, w_c = nth(i, w0_k, w1_k, w2_k, LAYERS), nth(i, w0_c, w1_c, w2_c, LAYERS)
-        xs, ws = d + t64 * nth(i, d0_t, d1_t, d2_t, LAYERS) + k[None, :], w + c64[None, :] * w_c + k[:, None] * w_k
-        acc = accumulate(acc, xs, ws, m, w_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
-    acc = add_stages(acc, g, p0, p1, p2, t, in_rows, c64, in_columns, g_t, p_q, p_c, STAGES, RANK, BLOCK_R, PRECISION)
+        ds, ws = rows_of(dy, t, tokens, dy_t, k), w + c64[None, :] * w_c + k[:, None] * w_k
+        acc = accumulate(acc, ds, ws, depth, w_k, in_columns, False, BLOCK_K, EVEN_K, PRECISION)
+    acc = add_stages(
+        acc, g, stage0, stage1, stage2, t, in_rows, c64, in_columns, g_t, stage_q, 1, STAGES, RANK, BLOCK_R, PRECISION
+    )
     t64, mask = t.to(tl.int64)[:, None], in_rows[:, None] & in_columns[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(residual + t64 * residual_t + c64[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -139,126 +174,67 @@ def _sum(
 
 def forward(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    rows: Sequence[int],
-    gated: bool,
-    keep: bool,
+    layers: Sequence["LowRankLinear"],
+    gated: bool = False,
+    keep: bool = False,
     config: Config | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """([y_i (T, m_i)], h (T, R) of all stages of all layers, side by side, z) for two or three layers and x (T, n).
+    """Applies two or three layers to one x (T, n).
 
-    lora_a, lora_b, scales: of the first layer's stages, then of the second's, ...; all of one rank. biases: of all or
-    none. gated: the first of two is silu(z) · the second; with `keep` z (T, m), else z and the second are of size 0.
-    config: tiles of the product; chosen if None.
+    Args:
+        layers: that read the leading rows of their weights, with as many stages each, all of one rank, and all with a
+            bias or none.
+        gated: of two layers of as many rows, y_0 is SiLU(z) · y_1, where z is what the first one makes.
+        keep: whether gated z and y_1 are written.
+        config: tiles of the product; chosen if None.
+
+    Returns:
+        y_i (T, m_i) of each; h (T, R), the c_s · x A_sᵀ of all stages of all layers side by side; and z (T, m). What is
+        not made is of size 0.
     """
-    x, depth, tokens = with_rows(x), x.shape[1], x.shape[0]
-    stages = Stages.pack(lora_a, [], scales)
+    x, tokens, stages = with_rows(x), x.shape[0], _stages_of_all(layers)
+    rows = [layer.rows for layer in layers]
     h = x.new_empty((tokens, stages.width))
     ys = [x.new_empty((tokens, 0 if gated and i and not keep else m)) for i, m in enumerate(rows)]
     z = x.new_empty((tokens, rows[0]) if gated and keep else 0)
-    if tokens:
-        launch_thin(x, stages.a, h, depth, stages, [0, depth], reads_spans=False)
-        own = _of_each(len(weights), lora_a, lora_b, scales)
-        _launch_together(x, weights, [bias.contiguous() for bias in biases], h, own, rows, ys, z, gated, keep, config)
-    return ys, h, z
-
-
-def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    h: Tensor | None,
-    weights: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    trains: Sequence[bool],
-    needs_dx: bool,
-    columns: int,
-    config: Config | None = None,
-    residual: Tensor | None = None,
-) -> list[Tensor]:
-    """[dx (T, columns), or (0, columns) unless needed; dA, dB of each stage that trains] from dy_i (T, m_i) and h.
-
-    residual: (T, columns), added to dx.
-    """
-    dys, tokens = [with_rows(dy) for dy in dys], dys[0].shape[0]
-    all_stages, own = Stages.pack(lora_a, [], scales), _of_each(len(weights), lora_a, lora_b, scales)
-    dx = dys[0].new_empty((tokens if needs_dx else 0, columns))
-    live = [s for s, train in enumerate(trains) if train]
-    das, dbs = ([torch.zeros_like(ts[s]) for s in live] for ts in (lora_a, lora_b))
-    if tokens:
-        g = dys[0].new_empty((tokens, all_stages.width))
-        goals = dict(zip(live, dbs, strict=True))
-        for i in reversed(range(len(dys))):  # attention's gradients of values are the last ones it makes
-            dy, stages = dys[i], own[i]
-            place, spans = _place(i, own), [0, dy.shape[1]]
-            first = i * len(lora_a) // len(weights)
-            if mine := [s for s in live if 0 <= s - first < len(lora_a) // len(weights)]:
-                assert h is not None
-                partial = launch_back(dy, h[:, place], g[:, place], stages, spans)
-                for s in mine:
-                    rank = lora_a[s].shape[0]
-                    launch_finish(partial, goals[s], (s - first) * rank, rank, spans, transposed=True)
-            elif stages.width:
-                launch_thin(dy, stages.b, g[:, place], dy.shape[1], stages, spans, reads_spans=True)
-        if live:
-            assert x is not None
-            partial = launch_reduce(g, with_rows(x))
-            for s, da in zip(live, das, strict=True):
-                rank = lora_a[s].shape[0]
-                launch_finish(partial, da, s * rank, rank, [0, columns], transposed=False)
-        if needs_dx:
-            _launch_sum(dys, weights, g, all_stages, residual, dx, config)
-    return [dx, *(t for pair in zip(das, dbs, strict=True) for t in pair)]
-
-
-def _of_each(layers: int, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scales: Sequence[float]) -> list[Stages]:
-    """The stages of each layer."""
-    count = len(lora_a) // layers
-    parts = [slice(i * count, (i + 1) * count) for i in range(layers)]
-    return [Stages.pack(lora_a[part], lora_b[part], scales[part]) for part in parts]
-
-
-def _place(i: int, own: Sequence[Stages]) -> slice:
-    """Of layer i's stages, in h and g."""
-    return slice(i * own[0].width, (i + 1) * own[0].width)
-
-
-def _launch_together(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    h: Tensor,
-    own: Sequence[Stages],
-    rows: Sequence[int],
-    ys: Sequence[Tensor],
-    z: Tensor,
-    gated: bool,
-    keep: bool,
-    config: Config | None,
-) -> None:
-    (tokens, depth), selects = x.shape, _selects(x.device)
+    if not tokens:
+        return ys, h, z
+    launch_thin(x, stages.a, h, stages)
+    selects = _selects(x.device)
+    arguments = _forward_arguments(x, layers, h) | dict(
+        **numbered("y", ys), z=z, GATED=gated, KEEP=keep, SELECTS=selects
+    )
 
     def run(config: Config) -> None:
         width = config.block_c // 2 if gated and selects else config.block_c
         tiles_c = sum(triton.cdiv(m, width) for m in (rows[:1] if gated else rows))
-        _together[(triton.cdiv(tokens, config.block_t) * tiles_c,)](
-            x, *_three(weights), *_three(biases or [x]), h if own[0].width else x,
-            *(p for stages in _three(own) for p in stages.three(stages.b, x)), *_three(ys), z, tokens, depth,
-            *_three(rows), x.stride(0), h.stride(0),
-            *(stride for w in _three(weights) for stride in (w.stride(1), w.stride(0))), LAYERS=len(weights),
-            STAGES=own[0].count, RANK=max(own[0].rank, 1), GATED=gated, KEEP=keep, SELECTS=selects,
-            HAS_BIAS=bool(biases), UNIT_K=all(w.stride(1) == 1 for w in weights), EVEN_K=depth % config.block_k == 0,
-            PRECISION=precision_of(x), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
-            BLOCK_R=own[0].block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        _forward[(triton.cdiv(tokens, config.block_t) * tiles_c,)](
+            x, **arguments, EVEN_K=divides(config.block_k, [x.shape[1]]), GROUP=config.group, **tile_arguments(config)
+        )
 
-    shape, kinds, epilogue = (tokens, sum(rows), depth), (x.dtype, weights[0].dtype), gated or own[0].count > 1
-    run(config or choose("joint forward", architecture(x.device), shape, kinds, run, epilogue))
+    if config is None:
+        shape, dtypes = (tokens, sum(rows), x.shape[1]), (x.dtype, layers[0].weight.dtype)
+        does_more = gated or len(layers[0].scales) > 1
+        config = choose("joint forward", architecture(x.device), shape, dtypes, run, does_more)
+    run(config)
+    return ys, h, z
+
+
+def _forward_arguments(x: Tensor, layers: Sequence["LowRankLinear"], h: Tensor) -> Arguments:
+    """Returns those of `_forward` that say what is read."""
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias.contiguous() for layer in layers if layer.bias is not None]
+    own = [Stages.of(layer) for layer in layers]
+    stages: Arguments = {}
+    for i in range(3):
+        stages |= _nth(own, i).pointers(_nth(own, i).b, x, f"stage{i}")
+    return dict(
+        **numbered("w", weights), **numbered("bias", biases or [x]), h=h if own[0].width else x, **stages,
+        tokens=x.shape[0], depth=x.shape[1], **numbered("columns", [layer.rows for layer in layers]),
+        x_t=x.stride(0), h_t=h.stride(0), **numbered("w{}_k", [w.stride(1) for w in weights]),
+        **numbered("w{}_c", [w.stride(0) for w in weights]), **own[0].sizes(), LAYERS=len(layers),
+        HAS_BIAS=bool(biases), UNIT_K=all(w.stride(1) == 1 for w in weights), PRECISION=precision_of(x),
+    )  # fmt: skip
 
 
 def _selects(device: torch.device) -> bool:
@@ -267,7 +243,65 @@ def _selects(device: torch.device) -> bool:
     return not architecture(device).startswith("gfx")
 
 
-def _launch_sum(
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    layers: Sequence["LowRankLinear"],
+    wanted: "Wanted",
+    residual: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Makes the gradients of two or three layers over one x from those of what each makes, gates aside.
+
+    Args:
+        dys: (T, m_i) of each layer.
+        x, h: (T, n), and what `forward` made of it; needed if a stage trains.
+        wanted: `trains` is of the first layer's stages, then of the second's, ...
+        residual: (T, n), added to dx.
+        config: tiles of the product; chosen if None.
+
+    Returns:
+        dx (T, n), or (0, n) unless wanted; and [dA_s, dB_s, ...] of each stage that trains, the first layer's first.
+    """
+    dys, tokens = [with_rows(dy) for dy in dys], dys[0].shape[0]
+    dx = dys[0].new_empty((tokens if wanted.dx else 0, wanted.columns))
+    count = len(layers[0].scales)
+    trained = [(i // count, i % count) for i, train in enumerate(wanted.trains) if train]  # (layer, stage)
+    das = [torch.zeros_like(layers[i].lora_a[s]) for i, s in trained]
+    dbs = [torch.zeros_like(layers[i].lora_b[s]) for i, s in trained]
+    if tokens:
+        stages = _stages_of_all(layers)
+        g = dys[0].new_empty((tokens, stages.width))
+        for i in reversed(range(len(layers))):  # attention's gradients of values are the last ones it makes
+            own = {s: db for (layer, s), db in zip(trained, dbs, strict=True) if layer == i}
+            _make_g(dys[i], h, g, layers, i, own)
+        if trained:
+            assert x is not None
+            partial = launch_reduce(g, with_rows(x))
+            for (i, s), da in zip(trained, das, strict=True):
+                launch_finish(partial, da, (i * count + s) * da.shape[0])
+        if wanted.dx:
+            _launch_backward(dys, [layer.weight for layer in layers], g, stages, residual, dx, config)
+    return dx, [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+
+
+def _make_g(
+    dy: Tensor, h: Tensor | None, g: Tensor, layers: Sequence["LowRankLinear"], i: int, dbs: dict[int, Tensor]
+) -> None:
+    """Fills layer i's part of g (T, R) of all layers, and the dB of its stages that train."""
+    stages, spans = Stages.of(layers[i]), [0, dy.shape[1]]
+    place = slice(i * stages.width, (i + 1) * stages.width)
+    if dbs:
+        assert h is not None
+        partial = launch_thin_and_reduce(dy, h[:, place], g[:, place], stages, spans)
+        for s, db in dbs.items():
+            launch_finish(partial, db, s * db.shape[1], spans, transposed=True)
+    else:
+        launch_thin(dy, stages.b, g[:, place], stages, spans)
+
+
+def _launch_backward(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
     g: Tensor,
@@ -276,25 +310,34 @@ def _launch_sum(
     dx: Tensor,
     config: Config | None,
 ) -> None:
-    sizes = [dy.shape[1] for dy in dys]
-    residual = None if residual is None else with_rows(residual)
+    (tokens, columns), depths = dx.shape, [dy.shape[1] for dy in dys]
+    residual = rows_or_none(residual)
+    arguments = dict(
+        **numbered("dy", dys), **numbered("w", weights), g=g if stages.width else dx, **stages.pointers(stages.a, dx),
+        residual=optional(residual, dx), dx=dx, tokens=tokens, columns=columns, **numbered("depth", depths),
+        **numbered("dy{}_t", [dy.stride(0) for dy in dys]), **numbered("w{}_k", [w.stride(0) for w in weights]),
+        **numbered("w{}_c", [w.stride(1) for w in weights]), g_t=g.stride(0),
+        stage_q=stages.a[0].stride(0) if stages.count else 0, residual_t=stride_or_zero(residual), **stages.sizes(),
+        LAYERS=len(weights), HAS_RESIDUAL=residual is not None, UNROLL=unroll(dx.device, len(weights)),
+        PRECISION=precision_of(dx),
+    )  # fmt: skip
 
     def run(config: Config) -> None:
-        tiles = triton.cdiv(dx.shape[0], config.block_t) * triton.cdiv(dx.shape[1], config.block_c)
-        _sum[(tiles,)](
-            *_three(dys), *_three(weights), g if stages.width else dx, *stages.three(stages.a, dx),
-            dx if residual is None else residual, dx, *dx.shape, *_three(sizes), *_three([dy.stride(0) for dy in dys]),
-            *(stride for strides in _three([w.stride() for w in weights]) for stride in strides),
-            g.stride(0), stages.a[0].stride(0) if stages.a else 0, 1, 0 if residual is None else residual.stride(0),
-            LAYERS=len(weights), STAGES=stages.count, RANK=max(stages.rank, 1), HAS_RESIDUAL=residual is not None,
-            UNROLL=unroll(dx.device, len(weights)), EVEN_K=all(size % config.block_k == 0 for size in sizes),
-            PRECISION=precision_of(dx), BLOCK_T=config.block_t, BLOCK_C=config.block_c, BLOCK_K=config.block_k,
-            BLOCK_R=stages.block_r, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        tiles = triton.cdiv(tokens, config.block_t) * triton.cdiv(columns, config.block_c)
+        _backward[(tiles,)](
+            **arguments, EVEN_K=divides(config.block_k, depths), GROUP=config.group, **tile_arguments(config)
+        )
 
-    shape, kinds = (*dx.shape, sum(sizes)), (dx.dtype, weights[0].dtype)
-    run(config or choose("joint", architecture(dx.device), shape, kinds, run, epilogue=True))
+    shape, dtypes = (tokens, columns, sum(depths)), (dx.dtype, weights[0].dtype)
+    run(config or choose("joint", architecture(dx.device), shape, dtypes, run, epilogue=True))
 
 
-def _three(values: Sequence[Any]) -> list[Any]:
-    return [*values, values[0], values[0]][:3]
+def _stages_of_all(layers: Sequence["LowRankLinear"]) -> Stages:
+    """Returns the stages of the first layer, then of the second, ..., of which only A is read."""
+    scales = [scale for layer in layers for scale in layer.scales]
+    return Stages.pack([a for layer in layers for a in layer.lora_a], [], scales)
+
+
+def _nth(stages: Sequence[Stages], i: int) -> Stages:
+    """Returns layer i's; the first layer's stand for those of a layer that is missing."""
+    return stages[i] if i < len(stages) else stages[0]

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlfs.kernels.sliced_linear import with_rows
-
-MAX_WIDTH = 32768  # numbers a program holds at once
+from mlfs.kernels.arguments import optional, rows_or_none, stride_or_zero, with_rows
 
 
 @triton.jit
@@ -44,6 +42,7 @@ def _forward(
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, P: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """y = norm(s) and, with KEEP, s = residual + dropout(x), of BLOCK_T rows."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     mask = (t < rows)[:, None] & (c < n)[None, :]
@@ -122,12 +121,16 @@ def forward(
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s) of 2-d tensors (T, n). s is x itself where nothing is added or dropped, else of the wider type of x and
-    residual. y has `dtype`, or that of s.
+    """Normalises s = residual + dropout(x).
 
     Args:
+        x, residual: (T, n); residual may be None.
         weight, bias: (N,), n ≤ N, contiguous, or None.
         p: probability of dropout. seed: one int64 on the device, needed if p > 0.
+
+    Returns:
+        y (T, n), of type `dtype` or s's; and s, which is x itself where nothing is added or dropped, else of the wider
+        type of x and residual.
     """
     rows, n = x.shape
     keep = residual is not None or p > 0
@@ -135,11 +138,11 @@ def forward(
     x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype or kind)
     s = x.new_empty((rows, n), dtype=kind) if keep else x
     if x.numel():
-        residual = None if residual is None else with_rows(residual)
+        residual = rows_or_none(residual)
         block_t, block_c = _blocks(n)
         _forward[(triton.cdiv(rows, block_t),)](
-            x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias,
-            x if seed is None else seed, y, s, rows, n, x.stride(0), 0 if residual is None else residual.stride(0), eps,
+            x, optional(residual, x), optional(weight, x), optional(bias, x), optional(seed, x), y, s,
+            rows=rows, n=n, x_t=x.stride(0), residual_t=stride_or_zero(residual), eps=eps,
             RMS=rms, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             P=p, KEEP=keep, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=_warps(block_c),
         )  # fmt: skip
@@ -157,13 +160,19 @@ def backward(
     seed: Tensor | None = None,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dx, d_residual, dw, db), the last two (n,) in fp32 where the norm `trains`.
+    """Makes the gradients of `forward` from dy (T, n).
 
-    ds: what came back through the residual stream, if s goes on. dw and db are summed in a fixed order.
+    Args:
+        ds: what came back through the residual stream, if s goes on.
+        s: what `forward` returned.
+
+    Returns:
+        dx and d_residual (T, n), the same tensor without dropout; and dw and db, (n,) in fp32 and summed in a fixed
+        order, or None unless the norm `trains`.
     """
     rows, n = s.shape
     dy, s = with_rows(dy), s.contiguous()
-    ds = None if ds is None else with_rows(ds)
+    ds = rows_or_none(ds)
     dx = torch.empty_like(s)
     d_residual = torch.empty_like(s) if p > 0 else dx
     block_t, block_c = _blocks(n)
@@ -172,8 +181,8 @@ def backward(
     sums = torch.empty((2, programs if trains else 0, n), dtype=torch.float32, device=s.device)
     if s.numel():
         _backward[(programs,)](
-            dy, dy if ds is None else ds, s, s if weight is None else weight, s if seed is None else seed, dx,
-            d_residual, sums[0], sums[1], rows, n, dy.stride(0), 0 if ds is None else ds.stride(0), eps,
+            dy, optional(ds, dy), s, optional(weight, s), optional(seed, s), dx, d_residual, sums[0], sums[1],
+            rows=rows, n=n, dy_t=dy.stride(0), ds_t=stride_or_zero(ds), eps=eps,
             RMS=rms, HAS_DS=ds is not None, HAS_WEIGHT=weight is not None, P=p, DROPS=p > 0, TRAINS=trains,
             BLOCK_T=block_t, BLOCK_C=block_c, LOOPS=loops, num_warps=_warps(block_c),
         )  # fmt: skip

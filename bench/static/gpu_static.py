@@ -7,6 +7,8 @@
     python -m bench.static.gpu_static --arch sm90  one architecture; the results of the others are kept
     python -m bench.static.gpu_static --summary    the last results in short, measuring nothing
 
+The file says where the results come from (`bench.environment`): of a run of some architectures, the last one.
+
 Each kernel is compiled by Triton as it would be on the device, and its machine code read: registers, spilled bytes,
 shared memory against the device's limit, matrix instructions, the length of the main loop (the mean, if there is one
 for each span or layer) against that of a plain product (the same kernel without stages), and the widest load from
@@ -18,7 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import product as pairs
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.environment import environment
 from bench.static.offline import TARGETS, Launch, offline
 from mlfs.files import write_json
-from mlfs.kernels import decode, distill, grouped, joint, norm, rotary, sliced_linear
+from mlfs.kernels import decode, distill, grouped, joint, norm, product, rotary
 from mlfs.kernels.configs import DEVICES, PRODUCT, Config, candidates
 from mlfs.ops.grouped_linear import Group
+from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
 from mlfs.report.table import table
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_static.json"
@@ -38,7 +42,10 @@ TOKENS, ROWS, COLUMNS, RANK, VOCABULARY, PROJECTED = 4096, 3072, 768, 8, 49152, 
 PLAIN = ("no stages", "backward, no stages")  # what the others' loops are compared with
 THROUGH = ("backward, GELU", "backward, tanh GELU", "backward, SiLU gate")  # backward through an activation
 NEWEST = {"sm90": "HGMMA", "sm100": "UTC"}  # what a tile of 64 or more tokens must run on
-LOOPS = ("_product", "joint._together", "joint._sum")  # of whole matrices: what has the loop of a plain product
+# Of whole matrices: what has the loop of a plain product.
+SLICED = ("product._forward", "product._backward", "product._backward_through_activation")
+GROUPED, JOINT = ("grouped._forward", "grouped._backward"), ("joint._forward", "joint._backward")
+LOOPS = (*SLICED, *GROUPED, *JOINT)
 PRODUCTS = (*LOOPS, "_thin", "_reduce", "_parts", "_difference", "_spread")
 FP32 = ("distance, backward", "learned projection")  # what multiplies fp32 numbers where the model is in fp16
 Calls = dict[str, Callable[[], Any]]
@@ -71,7 +78,8 @@ def main() -> None:
         ordered = sorted(kept + rows, key=lambda row: list(TARGETS).index(row["arch"]))
         columns = list(dict.fromkeys(key for row in ordered for key in row))
         values = [[row.get(key) for key in columns] for row in ordered]
-        write_json(given.output, {"triton": triton.__version__, "columns": columns, "rows": values})
+        origin = {"triton": triton.__version__, "environment": environment()}
+        write_json(given.output, origin | {"columns": columns, "rows": values})
     if bad := [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]:
         raise SystemExit("\n".join(bad))
 
@@ -97,7 +105,7 @@ def measure(
                         continue
                     read_before.add(code)
                     row = read(launch, variant, dtype, config)
-                    if launch.name.endswith(LOOPS):
+                    if launch.name in LOOPS:
                         row["plain loop"] = plain.setdefault(variant.startswith("backward"), row["loop"])
                     else:
                         row["config"], row["tokens"] = "", 0  # its own, whatever the product's are
@@ -126,25 +134,30 @@ def variants(dtype: torch.dtype, config: Config, kernels: Sequence[str], epilogu
 
 def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     x, weight, bias, y = operands(dtype)
-    fused = [0, 1024, 1024, 512, 2048, 512]
+    fused = (0, 1024, 1024, 512, 2048, 512)
     part = torch.empty(TOKENS, 2048, dtype=dtype)
 
-    def forward(count: int, spans: list[int] = [0, ROWS], **options: Any) -> Callable[[], Any]:  # noqa: B006
-        return lambda: sliced_linear.forward(x, weight, bias, *stages(count), spans, config=config, **options)
+    def layer_of(count: int, spans: Sequence[int]) -> LowRankLinear:
+        return LowRankLinear(weight, bias, *stages(count), spans)
+
+    def forward(count: int, spans: Sequence[int] = (0, ROWS), keep_pre: bool = False, **more: Any) -> Callable[[], Any]:
+        return lambda: product.forward(x, layer_of(count, spans), Epilogue(**more), keep_pre, config)
+
+    def wanted_of(count: int, learns: bool = True) -> Wanted:
+        return Wanted([learns and s == count - 1 for s in range(count)], True, COLUMNS)
 
     def backward(
-        count: int,
-        spans: list[int] = [0, ROWS],  # noqa: B006
-        learns: bool = True,
-        **options: Any,
+        count: int, spans: Sequence[int] = (0, ROWS), learns: bool = True, residual: Tensor | None = None
     ) -> Callable[[], Any]:
         h = torch.empty(TOKENS, count * RANK, dtype=dtype)
-        dz = y if spans == [0, ROWS] else part
-        trains = [learns and s == count - 1 for s in range(count)]
-        kept = None if "pre" in options else x
-        return lambda: sliced_linear.backward(
-            dz, kept, h, weight, *stages(count), spans, trains, True, COLUMNS, config=config, **options
-        )
+        dz = part if spans == fused else y
+        wanted = wanted_of(count, learns)
+        return lambda: product.backward(dz, x, h, layer_of(count, spans), wanted, residual, config)
+
+    def through(activation: str, operand: Tensor | None = None) -> Callable[[], Any]:
+        h, activated = torch.empty(TOKENS, RANK, dtype=dtype), Activated(activation, x, operand)
+        layer = layer_of(1, (0, ROWS))
+        return lambda: product.backward_through_activation(y, None, h, layer, wanted_of(1), activated, config)
 
     calls = {
         "no stages": forward(0),
@@ -163,9 +176,9 @@ def of_sliced_linear(dtype: torch.dtype, config: Config, epilogue: bool) -> Call
             "tanh GELU": forward(1, activation="gelu_tanh", keep_pre=True),
             "SiLU gate": forward(1, activation="silu_mul", operand=y, keep_pre=True),
             "residual": forward(1, residual=y),
-            "backward, GELU": backward(1, activation="gelu", pre=x),
-            "backward, tanh GELU": backward(1, activation="gelu_tanh", pre=x),
-            "backward, SiLU gate": backward(1, activation="silu_mul", pre=x, operand=x),
+            "backward, GELU": through("gelu"),
+            "backward, tanh GELU": through("gelu_tanh"),
+            "backward, SiLU gate": through("silu_mul", operand=x),
             "backward, residual": backward(1, residual=x),
         }
     return calls
@@ -178,11 +191,13 @@ def of_grouped(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     whole = tuple(Group(1024 * i, 1024, n, (0, m)) for i, (n, m) in enumerate(sizes))
     fused = tuple(Group(1024 * i, 1024, n, (0, n, 1024, n, 2048, n)) for i, (n, _) in enumerate(sizes))
 
+    layer, wanted = LowRankLinear(weight, bias, *stages(1), ()), Wanted([True], True, COLUMNS)
+
     def forward(groups: tuple[Group, ...]) -> Callable[[], Any]:
-        return lambda: grouped.forward(x, weight, bias, *stages(1), groups, config=config)
+        return lambda: grouped.forward(x, layer, groups, config)
 
     def backward(groups: tuple[Group, ...]) -> Callable[[], Any]:
-        return lambda: grouped.backward(y, x, h, weight, *stages(1), groups, [True], True, config=config)
+        return lambda: grouped.backward(y, x, h, layer, groups, wanted, config)
 
     return {
         "4 sizes at once": forward(whole),
@@ -195,16 +210,17 @@ def of_joint(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     """`joint` sums gradients only in configurations that take any epilogue."""
     x, weight, bias, _ = operands(dtype)
 
+    def layers_of(rows: list[int], count: int) -> list[LowRankLinear]:
+        return [LowRankLinear(weight, bias, *stages(count), (0, m)) for m in rows]
+
     def forward(rows: list[int], count: int, gated: bool) -> Callable[[], Any]:
-        layers = len(rows)
-        options = (*stages(layers * count), rows, gated, True, config)
-        return lambda: joint.forward(x, [weight] * layers, [bias] * layers, *options)
+        return lambda: joint.forward(x, layers_of(rows, count), gated, True, config)
 
     def backward(rows: list[int], count: int, residual: Tensor | None = None) -> Callable[[], Any]:
         dys, total = [torch.empty(TOKENS, m, dtype=dtype) for m in rows], len(rows) * count
         h, trains = torch.empty(TOKENS, total * RANK, dtype=dtype), [s % count == count - 1 for s in range(total)]
-        options = (*stages(total), trains, True, COLUMNS, config, residual)
-        return lambda: joint.backward(dys, x, h, [weight] * len(rows), *options)
+        wanted = Wanted(trains, True, COLUMNS)
+        return lambda: joint.backward(dys, x, h, layers_of(rows, count), wanted, residual, config)
 
     calls = {"3 projections": forward([2048, 512, 512], 1, False)}
     if epilogue:
@@ -228,7 +244,8 @@ def of_norm(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
 
 def of_decode(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     x, weight, bias, _ = operands(dtype)
-    return {"1 token": lambda: decode.forward(x[:1], weight, bias, *stages(3), [0, ROWS])}
+    layer = LowRankLinear(weight, bias, *stages(3), (0, ROWS))
+    return {"1 token": lambda: decode.forward(x[:1], layer)}
 
 
 def of_rotary(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
@@ -301,7 +318,7 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
     no_units = row["arch"] == "gfx1100" and row["type"] == "float16" and row["variant"] in FP32  # for fp32
     if row["kernel"].endswith(PRODUCTS) and not row["matrix"] and not no_units:
         yield "leaves the matrix units unused"
-    if row["kernel"].endswith(LOOPS):
+    if row["kernel"] in LOOPS:
         if (kind := NEWEST.get(row["arch"])) and row["tokens"] >= 64 and kind not in row["matrix kind"]:
             yield f"uses {row['matrix kind']}, not {kind}"
         if row["loop"] > 1.05 * row["plain loop"]:
@@ -338,14 +355,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "| GPU | kernel | registers | spilled | shared memory | runs on | longest main loop | load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    names = {
-        "sliced_linear._product": "sliced product",
-        "grouped._product": "several sizes",
-        "joint._together": "several projections",
-        "joint._sum": "several projections",
-    }
+    names = (
+        dict.fromkeys(SLICED, "sliced product")
+        | dict.fromkeys(GROUPED, "several sizes")
+        | dict.fromkeys(JOINT, "several projections")
+    )
     kinds = dict.fromkeys((*names.values(), "the others"))
-    for arch, kernel in product(dict.fromkeys(row["arch"] for row in rows), kinds):
+    for arch, kernel in pairs(dict.fromkeys(row["arch"] for row in rows), kinds):
         some = [row for row in rows if row["arch"] == arch and names.get(row["kernel"], "the others") == kernel]
         if not some:
             continue

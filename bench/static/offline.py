@@ -1,7 +1,7 @@
 """Compiles the kernels a launcher launches for a GPU that is not there, and reads their machine code.
 
 with offline("sm90") as launches:
-    mlfs.kernels.sliced_linear.forward(...)   # CPU tensors of any content; nothing runs
+    mlfs.kernels.product.forward(...)   # CPU tensors of any content; nothing runs
 launches[0].resources
 """
 

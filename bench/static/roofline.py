@@ -8,10 +8,10 @@ Counted are (a) one training iteration's pass of a subnet, forward and backward,
 dropout, without the head and its loss, and (b) one decoded token after a context, adapters of three stages. The paths:
 
   mlfs    what `SuperTransformer` launches: the models run on the meta device (shapes, no numbers), PyTorch's kernels
-          are seen as they are called, mlfs's as their launchers launch them (bench/traffic.py).
+          are seen as they are called, mlfs's as their launchers launch them (bench/static/traffic.py).
   PEFT    the same for the subnet as a model of its own, with LoRA from PEFT (rank 8 to train, 24 to decode).
   bound   what no program does without whose products have the loop of a plain product, over operands as they are in
-          memory (`LowerBoundOfScheme` in bench/lower_bound.py); to decode it is the floor.
+          memory (`LowerBoundOfScheme` in bench/static/lower_bound.py); to decode it is the floor.
   floor   what no program does without that keeps what passes between matrix products, attention and norms in memory
           (`LowerBound` there): adapters and activations cost nothing beside the products, nor does what PyTorch's
           attention needs for itself.
@@ -47,6 +47,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from bench.environment import environment
 from bench.static.lower_bound import LowerBound, LowerBoundOfScheme
 from bench.static.traffic import Launch, memory_traffic, record
 from mlfs import SearchSpace, Subnet, SuperTransformer
@@ -124,19 +125,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.launches:
-        for launch in paths(MODELS[given.launches], "full", "training", given.stage, not given.no_fold)["mlfs"]:
+        for launch in paths(MODELS[given.launches], "full", "training", given.stage, not given.no_merge)["mlfs"]:
             read, written = (sum(sizes.values()) / 1e6 for sizes in (launch.reads, launch.writes))
             print(f"{launch.name:34}{read:10.3f} MB read {written:10.3f} MB written {launch.flops / 1e9:10.3f} Gflop")
         return
     rows = []
     for name in given.model or MODELS:
-        for row in measure(name, MODELS[name], given.stage, not given.no_fold):
+        for row in measure(name, MODELS[name], given.stage, not given.no_merge):
             rows.append(row)
             print(f"{name} {row['subnet']}, {row['pass']}", file=sys.stderr)
     print(show(rows))
     if given.output != RESULTS or not (given.model or given.stage):
         options = {"rank": RANK, "stages": STAGES, "context": CONTEXT, "target": TARGET}
-        write_json(given.output, {"device": asdict(H100), **options, "rows": rows})
+        write_json(given.output, {"environment": environment(), "device": asdict(H100), **options, "rows": rows})
 
 
 def measure(name: str, work: Workload, stage: int = 0, merge: bool = True) -> Iterator[dict[str, Any]]:
@@ -314,13 +315,15 @@ def _kind(name: str) -> str:
     module, _, kernel = name.partition(".")
     if kernel in ("reduce", "thin_reduce", "finish") or name.endswith(" dA") or re.match("thin .* backward", name):
         return "adapter gradients"
-    if kernel in ("product", "together", "parts", "sum", "mm", "addmm") or re.match("(qkv|out|up|down)", name):
+    if module in ("joint", "decode") or kernel in ("mm", "addmm") or re.match("(qkv|out|up|down)", name):
         return "products"
+    if module == "product":
+        return "activations" if kernel == "activation_backward" else "products"
     if "norm" in name:
         return "norms"
     if module.startswith("attention"):
         return "attention"
-    if kernel.startswith(("gelu", "silu", "activation")):
+    if kernel.startswith(("gelu", "silu")):
         return "activations"
     return "thin products" if kernel == "thin" or name.startswith("thin") else "rest"
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mlfs.kernels import configs, decode, joint, norm, rotary, sliced_linear
+from mlfs.kernels import configs, decode, joint, norm, product, reductions, rotary
 
 # by name: `mlfs.ops` has functions of these names
 OPERATORS = [
@@ -78,47 +78,77 @@ Arguments = Mapping[str, Any]
 Elements = dict[str, int]  # numbers read or written, by argument
 
 
+def _ranks(a: Arguments) -> int:
+    """Of all stages; a kernel that has none is given the rank 1."""
+    return a["STAGES"] * a["RANK"]
+
+
+def _stages(a: Arguments, size: int, name: str = "stage") -> Elements:
+    return {f"{name}{s}": a["RANK"] * size for s in range(a["STAGES"])}
+
+
+def _if(**options: tuple[bool, int]) -> Elements:
+    """Those that are wanted, of (whether it is, numbers)."""
+    return {name: size for name, (wanted, size) in options.items() if wanted}
+
+
 def _thin(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, depth, width = a["tokens"], a["depth"], a["STAGES"] * a["RANK"]
-    stages = {f"p{s}": a["RANK"] * depth for s in range(a["STAGES"])}
-    return {"x": tokens * depth, **stages}, {"h": tokens * width}, 2 * tokens * depth * width
+    tokens, depth, ranks = a["tokens"], a["depth"], _ranks(a)
+    return {"x": tokens * depth, **_stages(a, depth)}, {"h": tokens * ranks}, 2 * tokens * depth * ranks
 
 
-def _product(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, depth, columns, width = a["tokens"], a["depth"], a["columns"], a["STAGES"] * a["RANK"]
+def _forward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, depth, columns, ranks = a["tokens"], a["depth"], _spans(a), _ranks(a)
     out = tokens * columns
-    reads = {"x": tokens * depth, "w": depth * columns}
-    reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])}
-    options = {"h": (a["STAGES"], tokens * width), "bias": (a["HAS_BIAS"], columns)}
-    options |= {"operand": (a["ACTIVATION"] == "silu_mul", out), "residual": (a["HAS_RESIDUAL"], out)}
-    options["pre"] = (a["GRADIENT"], out)
-    reads |= {name: size for name, (wanted, size) in options.items() if wanted}
-    gated = a["GRADIENT"] and a["ACTIVATION"] == "silu_mul"
-    writes = ({"pre": out} if a["KEEP_PRE"] else {}) | {"y": out} | ({"d_operand": out} if gated else {})
-    writes |= {"partial": a["partial"].shape[0] * a["RANKS"] * columns} if a["RANKS"] else {}
-    return reads, writes, 2 * out * (depth + width + a["RANKS"])
+    reads = {"x": tokens * depth, "w": depth * columns, **_stages(a, columns)}
+    reads |= _if(
+        h=(a["STAGES"] > 0, tokens * ranks),
+        bias=(a["HAS_BIAS"], columns),
+        operand=(a["ACTIVATION"] == "silu_mul", out),
+        residual=(a["HAS_RESIDUAL"], out),
+    )
+    return reads, _if(pre=(a["KEEP_PRE"], out)) | {"y": out}, 2 * out * (depth + ranks)
 
 
-def _together(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, depth, width, layers = a["tokens"], a["depth"], a["STAGES"] * a["RANK"], range(a["LAYERS"])
-    columns = {i: a[f"m{i}"] for i in layers}
-    reads = {"x": tokens * depth} | {f"w{i}": m * depth for i, m in columns.items()}
-    reads |= {f"p{i}{s}": a["RANK"] * m for i, m in columns.items() for s in range(a["STAGES"])}
-    reads |= {"h": tokens * width * len(layers)} if width else {}
-    reads |= {f"b{i}": m for i, m in columns.items()} if a["HAS_BIAS"] else {}
+def _backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, depth, columns, ranks = a["tokens"], _spans(a), a["columns"], _ranks(a)
+    out = tokens * columns
+    reads = {"dy": tokens * depth, "w": depth * columns, **_stages(a, columns)}
+    reads |= _if(g=(a["STAGES"] > 0, tokens * ranks), residual=(a.get("HAS_RESIDUAL", False), out))
+    return reads, {"dx": out}, 2 * out * (depth + ranks)
+
+
+def _backward_through_activation(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    reads, writes, flops = _backward(a, grid)
+    out, gated = writes.pop("dx"), a["ACTIVATION"] == "silu_mul"
+    reads |= _if(operand=(gated, out), pre=(True, out))
+    writes = {"d_pre": out} | _if(d_operand=(gated, out))
+    if a["RANKS"]:
+        writes["partial"] = a["partial"].shape[0] * a["RANKS"] * a["columns"]
+    return reads, writes, flops + 2 * out * a["RANKS"]
+
+
+def _joint_forward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, depth, ranks, layers = a["tokens"], a["depth"], _ranks(a), range(a["LAYERS"])
+    columns = {i: a[f"columns{i}"] for i in layers}
+    reads = {"x": tokens * depth} | {f"w{i}": size * depth for i, size in columns.items()}
+    for i, size in columns.items():
+        reads |= _stages(a, size, f"stage{i}")
+    reads |= _if(h=(ranks > 0, tokens * ranks * len(layers)))
+    reads |= {f"bias{i}": size for i, size in columns.items()} if a["HAS_BIAS"] else {}
     written = layers if a["KEEP"] or not a["GATED"] else (0,)
-    writes = {"z": tokens * columns[0]} if a["GATED"] and a["KEEP"] else {}
+    writes = _if(z=(a["GATED"] and a["KEEP"], tokens * columns[0]))
     writes |= {f"y{i}": tokens * columns[i] for i in reversed(written)}
-    return reads, writes, 2 * tokens * sum(columns.values()) * (depth + width)
+    return reads, writes, 2 * tokens * sum(columns.values()) * (depth + ranks)
 
 
-def _sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, columns, width = a["tokens"], a["columns"], a["STAGES"] * a["RANK"] if a["STAGES"] else 0
-    depths = {i: a[f"m{i}"] for i in range(a["LAYERS"])}
-    reads = {f"d{i}": tokens * m for i, m in depths.items()} | {f"w{i}": m * columns for i, m in depths.items()}
-    reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])} | ({"g": tokens * width} if width else {})
-    reads |= {"residual": tokens * columns} if a["HAS_RESIDUAL"] else {}
-    return reads, {"dx": tokens * columns}, 2 * tokens * columns * (sum(depths.values()) + width)
+def _joint_backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
+    tokens, columns, ranks, layers = a["tokens"], a["columns"], _ranks(a), range(a["LAYERS"])
+    out, depths = tokens * columns, {i: a[f"depth{i}"] for i in layers}
+    reads = {f"dy{i}": tokens * depth for i, depth in depths.items()}
+    reads |= {f"w{i}": depth * columns for i, depth in depths.items()} | _stages(a, columns)
+    reads |= _if(g=(ranks > 0, tokens * ranks), residual=(a["HAS_RESIDUAL"], out))
+    return reads, {"dx": out}, 2 * out * (sum(depths.values()) + ranks)
 
 
 def _reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
@@ -128,16 +158,20 @@ def _reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, in
 
 
 def _thin_reduce(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, columns, ranks, width = a["tokens"], a["columns"], a["ranks"], a["STAGES"] * a["RANK"]
-    reads = {"dz": tokens * columns, "h": tokens * ranks}
-    reads |= {f"p{s}": a["RANK"] * columns for s in range(a["STAGES"])}
-    writes = {"partial_g": grid[1] * width * tokens, "partial": grid[0] * ranks * columns}
-    return reads, writes, 2 * tokens * columns * (width + ranks)
+    tokens, columns, trained, ranks = a["tokens"], a["columns"], a["ranks"], _ranks(a)
+    reads = {"dy": tokens * columns, "h": tokens * trained, **_stages(a, columns)}
+    writes = {"partial_g": grid[1] * ranks * tokens, "partial": grid[0] * trained * columns}
+    return reads, writes, 2 * tokens * columns * (ranks + trained)
 
 
 def _finish(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    size = a["rank"] * sum(a[f"l{s}"] for s in range(a["SPANS"]))
+    size = a["rank"] * _spans(a)
     return {"partial": a["parts"] * size}, {"out": size}, 0
+
+
+def _spans(a: Arguments) -> int:
+    """The length of all spans."""
+    return sum(a[f"length{i}"] for i in range(a["SPANS"]))
 
 
 def _activation_backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
@@ -148,18 +182,21 @@ def _activation_backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements,
 
 def _norm_forward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     n, size = a["n"], a["rows"] * a["n"]
-    options = {"residual": (a["HAS_RESIDUAL"], size), "weight": (a["HAS_WEIGHT"], n), "bias": (a["HAS_BIAS"], n)}
-    options["seed"] = (a["P"] > 0, 1)
-    reads = {"x": size} | {name: size for name, (wanted, size) in options.items() if wanted}
-    return reads, {"y": size, **({"s": size} if a["KEEP"] else {})}, 0
+    reads = {"x": size} | _if(
+        residual=(a["HAS_RESIDUAL"], size),
+        weight=(a["HAS_WEIGHT"], n),
+        bias=(a["HAS_BIAS"], n),
+        seed=(a["P"] > 0, 1),
+    )
+    return reads, {"y": size} | _if(s=(a["KEEP"], size)), 0
 
 
 def _norm_backward(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     n, size = a["n"], a["rows"] * a["n"]
-    options = {"ds": (a["HAS_DS"], size), "weight": (a["HAS_WEIGHT"], n), "seed": (a["DROPS"], 1)}
-    reads = {"dy": size, "s": size} | {name: size for name, (wanted, size) in options.items() if wanted}
-    sums = {"dw": grid[0] * n, "db": grid[0] * n} if a["TRAINS"] else {}
-    return reads, {"dx": size, **({"d_residual": size} if a["DROPS"] else {}), **sums}, 0
+    reads = {"dy": size, "s": size}
+    reads |= _if(ds=(a["HAS_DS"], size), weight=(a["HAS_WEIGHT"], n), seed=(a["DROPS"], 1))
+    sums = _if(dw=(a["TRAINS"], grid[0] * n), db=(a["TRAINS"], grid[0] * n))
+    return reads, {"dx": size} | _if(d_residual=(a["DROPS"], size)) | sums, 0
 
 
 def _rotary(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
@@ -170,31 +207,35 @@ def _rotary(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, in
 
 
 def _decode_parts(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
-    tokens, depth, columns, width = a["tokens"], a["depth"], a["columns"], a["STAGES"] * a["RANK"]
+    tokens, depth, columns, ranks = a["tokens"], a["depth"], a["columns"], _ranks(a)
     reads = {"x": tokens * depth, "w": depth * columns}
     for s in range(a["STAGES"]):
         reads |= {f"a{s}": a["RANK"] * depth, f"b{s}": a["RANK"] * columns}
-    flops = 2 * tokens * (depth * columns + grid[0] * depth * width + grid[1] * columns * width)
+    flops = 2 * tokens * (depth * columns + grid[0] * depth * ranks + grid[1] * columns * ranks)
     return reads, {"partial": grid[1] * tokens * columns}, flops
 
 
 def _decode_sum(a: Arguments, grid: tuple[int, ...]) -> tuple[Elements, Elements, int]:
     columns, out = a["columns"], a["tokens"] * a["columns"]
-    options = {"bias": (a["HAS_BIAS"], columns), "residual": (a["HAS_RESIDUAL"], out)}
-    options["operand"] = (a["ACTIVATION"] == "silu_mul", out)
-    reads = {"partial": a["parts"] * out} | {name: size for name, (wanted, size) in options.items() if wanted}
+    reads = {"partial": a["parts"] * out} | _if(
+        bias=(a["HAS_BIAS"], columns),
+        residual=(a["HAS_RESIDUAL"], out),
+        operand=(a["ACTIVATION"] == "silu_mul", out),
+    )
     return reads, {"y": out}, 0
 
 
 KERNELS: dict[tuple[Any, str], Callable[[Arguments, tuple[int, ...]], tuple[Elements, Elements, int]]] = {
-    (sliced_linear, "_thin"): _thin,
-    (sliced_linear, "_product"): _product,
-    (sliced_linear, "_reduce"): _reduce,
-    (sliced_linear, "_thin_reduce"): _thin_reduce,
-    (sliced_linear, "_finish"): _finish,
-    (sliced_linear, "activation_backward_kernel"): _activation_backward,
-    (joint, "_together"): _together,
-    (joint, "_sum"): _sum,
+    (reductions, "_thin"): _thin,
+    (reductions, "_reduce"): _reduce,
+    (reductions, "_thin_reduce"): _thin_reduce,
+    (reductions, "_finish"): _finish,
+    (product, "_forward"): _forward,
+    (product, "_backward"): _backward,
+    (product, "_backward_through_activation"): _backward_through_activation,
+    (product, "activation_backward_kernel"): _activation_backward,
+    (joint, "_forward"): _joint_forward,
+    (joint, "_backward"): _joint_backward,
     (norm, "_forward"): _norm_forward,
     (norm, "_backward"): _norm_backward,
     (rotary, "_rotary"): _rotary,
@@ -249,14 +290,19 @@ def key_of(tensor: Tensor, numbers: int) -> Hashable:
 def record(arch: str = "sm90") -> Iterator[list[Launch]]:
     """The launches inside the block, in order, of computations on the meta device."""
     recorder = _Recorder()
-    patches = [mock.patch.object(module, "backend_of", lambda *_: "triton") for module in OPERATORS + CALLERS]
-    patches.append(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorder.attention))
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        stack.enter_context(kernel_launches(arch, lambda launch, *_: recorder.launches.append(launch)))
-        stack.enter_context(recorder)
+    attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorder.attention)
+    launches = kernel_launches(arch, lambda launch, *_: recorder.launches.append(launch))
+    with _on_kernels(), attention, launches, recorder:
         yield recorder.launches
+
+
+@contextmanager
+def _on_kernels() -> Iterator[None]:
+    """Operators take the kernels whatever their tensors are on: on the meta device they would take plain PyTorch."""
+    with ExitStack() as stack:
+        for module in OPERATORS + CALLERS:
+            stack.enter_context(mock.patch.object(module, "backend_of", lambda *_: "triton"))
+        yield
 
 
 _BODIES = {

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of, in_autocast_type
-from mlfs.ops.joint_linear import Projection, _joint_linear, _joint_linear_backward, joint_linear_reference, may_join
+from mlfs.ops.joint_linear import (
+    Projection,
+    _joint_linear,
+    _joint_linear_backward,
+    _layers,
+    joint_linear_reference,
+    may_join,
+)
+from mlfs.ops.layer import Activated, LowRankLinear, Wanted
 from mlfs.ops.sliced_linear import (
     ACTIVATIONS,
     _sliced_linear,
@@ -161,17 +169,19 @@ def _feed_forward_backward(
     single = weights[0], *pair[1:4], [0, width], *pair[4:]  # as the operator of one layer takes it
     before: list[Tensor] = []
     if backend_of(dy, *weights, *lora_a, *lora_b, z, up) == "triton":
-        from mlfs.kernels import joint, sliced_linear
+        from mlfs.kernels import joint, product
 
         act = None if act is None or _makes_again(dy) else act
-        dz, *own = sliced_linear.backward(
-            grad, act, *down, goes_on or act is None, width, activation=activation, pre=z, operand=up
-        )
-        dzs = [dz] if up is None else [dz, own.pop(0)]
+        layer = LowRankLinear(weights[-1], None, *down[2:6])
+        wanted, activated = Wanted(trains[last:], goes_on, width), Activated(activation, z, up)
+        dz, d_up, own = product.backward_through_activation(grad, act, h_down, layer, wanted, activated)
+        wanted = Wanted(trains[:last], needs_dx, columns)
         if goes_on and up is None:
-            dx, *before = sliced_linear.backward(dz, flat, h, *single, residual=added)
-        elif goes_on:
-            dx, *before = joint.backward(dzs, flat, h, *pair, residual=added)
+            layer = LowRankLinear(weights[0], None, *single[1:5])
+            dx, before = product.backward(dz, flat, h, layer, wanted, added)
+        elif goes_on and d_up is not None:
+            layers = _layers(weights[:-1], [], *pair[1:4], [width, width])
+            dx, before = joint.backward([dz, d_up], flat, h, layers, wanted, added)
     else:
         d_act, _, *own = _sliced_linear_backward(grad, act, *down, goes_on, width, "none", None, None)
         if goes_on and up is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of, in_autocast_type
+from mlfs.ops.layer import LowRankLinear, Wanted
 from mlfs.ops.sliced_linear import linear_backward, of_each_stage, sliced_linear_reference
 
 __all__ = ["Group", "grouped_sliced_linear", "grouped_sliced_linear_reference"]
@@ -128,7 +129,7 @@ def _grouped_linear(
     if backend_of(x) == "triton":
         from mlfs.kernels import grouped as kernels
 
-        return kernels.forward(x, weight, bias, lora_a, lora_b, scales, some)
+        return kernels.forward(x, LowRankLinear(weight, bias, lora_a, lora_b, scales, ()), some)
     ranks = [a.shape[0] for a in lora_a]
     y, h = x.new_zeros(x.shape[0], weight.shape[0]), x.new_zeros(x.shape[0], sum(ranks))
     for group in some:
@@ -168,7 +169,9 @@ def _grouped_linear_backward(
     if backend_of(dy) == "triton":
         from mlfs.kernels import grouped as kernels
 
-        return kernels.backward(dy, x, h, weight, lora_a, lora_b, scales, some, trains, needs_dx)
+        layer = LowRankLinear(weight, None, lora_a, lora_b, scales, ())
+        dx, gradients = kernels.backward(dy, x, h, layer, some, Wanted(trains, needs_dx, weight.shape[1]))
+        return [dx, *gradients]
     dx = dy.new_zeros((dy.shape[0] if needs_dx else 0, weight.shape[1]))
     total = [torch.zeros_like(t) for s, train in enumerate(trains) if train for t in (lora_a[s], lora_b[s])]
     for group in some:

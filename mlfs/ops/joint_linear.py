@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of, cpp, in_autocast_type
+from mlfs.ops.layer import LowRankLinear, Wanted
 from mlfs.ops.sliced_linear import (
     ACTIVATIONS,
     _sliced_linear,
@@ -108,7 +109,8 @@ def _joint_linear(
     if backend_of(x) == "triton" and _takes_kernels(flat.shape[0], keep):
         from mlfs.kernels import joint as kernels
 
-        ys, h, z = kernels.forward(flat, weights, biases, lora_a, lora_b, scales, rows, gated, keep)
+        layers = _layers(weights, biases, lora_a, lora_b, scales, rows)
+        ys, h, z = kernels.forward(flat, layers, gated, keep)
     else:
         hs: list[Tensor] = []
         ys, z = [], flat.new_empty(0)
@@ -159,13 +161,14 @@ def _joint_linear_backward(
     backend = backend_of(dys[0], *weights, *lora_a, *lora_b, z, up)
     if backend == "triton":
         from mlfs.kernels import joint as kernels
-        from mlfs.kernels.sliced_linear import activation_backward
+        from mlfs.kernels.product import activation_backward
 
         if z is not None and up is not None:
             dz, d_up = activation_backward(grads[0], z, up.reshape(z.shape), "silu_mul")
             grads = [dz, d_up if d_up is not None else dz]
-        options = trains, needs_dx, columns, None, added
-        dx, *gradients = kernels.backward(grads, flat, h, weights, lora_a, lora_b, scales, *options)
+        rows = [dy.shape[1] for dy in grads]
+        given = _layers(weights, [], lora_a, lora_b, scales, rows)
+        dx, gradients = kernels.backward(grads, flat, h, given, Wanted(trains, needs_dx, columns), added)
         return [dx.view(*leading, columns) if needs_dx else dx, *gradients]
     stages = _stages_of_each(len(weights), lora_a, lora_b, scales)
     count, width = len(lora_a) // len(weights), sum(a.shape[0] for a in stages[0][0])
@@ -205,6 +208,21 @@ def _takes_kernels(tokens: int, keep: bool) -> bool:
     from mlfs.kernels import decode
 
     return keep or tokens > decode.MAX_TOKENS
+
+
+def _layers(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    rows: list[int],
+) -> list[LowRankLinear]:
+    stages = _stages_of_each(len(weights), lora_a, lora_b, scales)
+    return [
+        LowRankLinear(weight, biases[i] if biases else None, *stages[i], [0, rows[i]])
+        for i, weight in enumerate(weights)
+    ]
 
 
 def _stages_of_each(

@@ -21,6 +21,7 @@ from torch.nn.functional import gelu, silu
 
 from mlfs.errors import MLFSError
 from mlfs.ops.backend import backend_of, cpp, in_autocast_type
+from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu_mul")
 
@@ -168,13 +169,14 @@ def _sliced_linear(
     other, added = _flat(operand, m), _flat(residual, m)
     backend = backend_of(x, weight, bias, *lora_a, *lora_b, operand, residual)
     if backend == "triton":
-        from mlfs.kernels import decode, sliced_linear
+        from mlfs.kernels import decode, product
 
-        layer = (weight, bias, lora_a, lora_b, scales, spans, activation, other, added)
+        layer = LowRankLinear(weight, bias, lora_a, lora_b, scales, spans)
+        epilogue = Epilogue(activation, other, added)
         if not keep and flat.shape[0] <= decode.MAX_TOKENS:
-            y, h, z = decode.forward(flat, *layer), x.new_empty(0), x.new_empty(0)
+            y, h, z = decode.forward(flat, layer, epilogue), x.new_empty(0), x.new_empty(0)
         else:
-            y, h, z = sliced_linear.forward(flat, *layer, keep_pre=keep and activation != "none")
+            y, h, z = product.forward(flat, layer, epilogue, keep_pre=keep and activation != "none")
         return y.view(*x.shape[:-1], m), h if keep else x.new_empty(0), z
     if backend == "cpp":
         layers = [(weight, bias, lora_a, lora_b, scales, spans)]
@@ -234,11 +236,12 @@ def _sliced_linear_backward(
     other, d_other = _flat(operand, m), None
     backend = backend_of(dy, weight, *lora_a, *lora_b, z, operand)
     if backend == "triton":
-        from mlfs.kernels import sliced_linear as kernels
+        from mlfs.kernels import product
 
         if z is not None:
-            grad, d_other = kernels.activation_backward(grad, z, other, activation)
-        dx, *gradients = kernels.backward(grad, flat, h, weight, lora_a, lora_b, scales, spans, trains, needs_dx, n)
+            grad, d_other = product.activation_backward(grad, z, other, activation)
+        layer = LowRankLinear(weight, None, lora_a, lora_b, scales, spans)
+        dx, gradients = product.backward(grad, flat, h, layer, Wanted(trains, needs_dx, n))
     elif backend == "cpp":
         if z is not None:
             grad, d_other = cpp().activation_backward(grad, z, other, ACTIVATIONS.index(activation))

@@ -24,29 +24,32 @@ def test_kernels_fit_spill_nothing_and_have_the_main_loop_of_a_plain_product(arc
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     names = {row[result["columns"].index("kernel")] for row in result["rows"]}
-    assert {"sliced_linear._product", "sliced_linear._thin", "sliced_linear._reduce"} <= names
-    assert {"grouped._product", "grouped._thin", "grouped._reduce", "joint._together", "joint._sum"} <= names
+    assert {"product._forward", "product._backward", "product._backward_through_activation"} <= names
+    assert {"reductions._thin", "reductions._reduce", "reductions._finish"} <= names
+    assert {f"grouped.{kernel}" for kernel in ("_forward", "_backward", "_thin", "_reduce")} <= names
+    assert {"joint._forward", "joint._backward"} <= names
     assert {"norm._forward", "norm._backward", "decode._parts", "decode._sum", "rotary._rotary"} <= names
     assert {"distill._head_rows", "distill._difference", "distill._spread"} <= names
-    assert ("sliced_linear._thin_reduce" in names) == (arch != "gfx1100")  # there it takes two passes
+    assert ("reductions._thin_reduce" in names) == (arch != "gfx1100")  # there it takes two passes
 
 
 def test_published_results_are_of_the_table_and_have_no_faults():
-    from bench.static.gpu_static import RESULTS, admits, faults, name, read_results, summary
+    from bench.static.gpu_static import LOOPS, RESULTS, admits, faults, name, read_results, summary
     from mlfs.kernels.configs import PRODUCT
 
     rows = read_results(RESULTS)
     assert not [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     for arch in ARCHITECTURES:
-        kinds = ("sliced_linear._product", "grouped._product", "joint._together", "joint._sum")
-        for kernel, epilogue in zip(kinds, (False, False, False, True), strict=True):
-            configs = [c for c in PRODUCT[arch] if admits(arch, c, torch.bfloat16, epilogue)]
+        for kernel in LOOPS:
+            gradient = kernel == "product._backward_through_activation"
+            epilogue = gradient or kernel == "joint._backward"
+            configs = [c for c in PRODUCT[arch] if admits(arch, c, torch.bfloat16, epilogue, gradient)]
             tiles = {f"{c.block_t}x{c.block_c}x{c.block_k}, {c.warps} warps, {c.stages} stages" for c in configs}
             assert {row["config"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)} == tiles
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
         assert {f"distill.{kernel}" for kernel in ("_head_rows", "_difference", "_spread")} <= kernels
         assert "rotary._rotary" in kernels
-        assert ("sliced_linear._thin_reduce" in kernels) == (arch != "gfx1100")
+        assert ("reductions._thin_reduce" in kernels) == (arch != "gfx1100")
     assert summary(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -66,7 +69,7 @@ def test_one_architecture_is_measured_into_the_results_of_the_others(tmp_path):
 def test_of_several_main_loops_the_mean_counts():
     from bench.static.offline import Launch
 
-    launch = Launch("sliced_linear._product", "gfx1100", None, (1,), [])
+    launch = Launch("product._forward", "gfx1100", None, (1,), [])
     multiply, other = "v_wmma_f32_16x16x16_bf16 v[0:7], v[8:15], v[16:23], v[0:7]", "s_add_u32 s0, s0, 1"
 
     def loop(label: str, *lines: str) -> list[str]:
@@ -87,8 +90,8 @@ def test_of_several_main_loops_the_mean_counts():
         {"matrix kind": "HMMA"},
         {"loop": 106},
         {"arch": "gfx942", "loop": 106},
-        {"kernel": "joint._sum", "loop": 106},
-        {"kernel": "joint._together", "loop": 106},
+        {"kernel": "joint._backward", "loop": 106},
+        {"kernel": "joint._forward", "loop": 106},
         {"load bits": 64},
         {"kernel": "distill._spread", "variant": "distance, backward", "matrix": 0},
         {"kernel": "distill._difference", "arch": "gfx1100", "type": "float16", "matrix": 0},
@@ -98,7 +101,7 @@ def test_each_fault_is_found(change):
     from bench.static.gpu_static import faults
 
     good = {
-        "arch": "sm90", "kernel": "grouped._product", "variant": "", "type": "bfloat16", "tokens": 128, "spills": 0,
+        "arch": "sm90", "kernel": "grouped._forward", "variant": "", "type": "bfloat16", "tokens": 128, "spills": 0,
         "shared": 1000, "shared limit": 232_448, "matrix": 4, "matrix kind": "HGMMA", "loop": 105, "plain loop": 100,
         "load bits": 128,
     }  # fmt: skip

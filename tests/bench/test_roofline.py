@@ -1,4 +1,4 @@
-"""The traffic that bench/roofline.py counts is that of the kernels' loads and stores, and of the launches that run."""
+"""The traffic that bench.static.roofline counts is that of the kernels' loads and stores, and of launches that run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from transformers import (
 
 from mlfs import SearchSpace, Subnet, SuperTransformer
 from mlfs.ops.backend import use_backend
+from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
@@ -30,7 +31,7 @@ from triton.runtime import interpreter
 from bench.static import roofline
 from bench.static.lower_bound import LowerBound
 from bench.static.traffic import Launch, kernel_launches, memory_traffic, record
-from mlfs.kernels import decode, joint, norm, rotary, sliced_linear
+from mlfs.kernels import decode, joint, norm, product, rotary
 
 
 @contextmanager
@@ -74,6 +75,9 @@ def launched(check: bool = True) -> Iterator[list[Launch]]:
         yield seen
 
 
+LOW_RANK = {f"reductions.{kernel}" for kernel in ("thin", "thin_reduce", "reduce", "finish")}
+
+
 def rand(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(size).to(dtype)
 
@@ -84,31 +88,38 @@ def rand(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def test_products_touch_the_bytes_that_are_counted(stages, spans, activation):
     tokens, n, m = 67, 75, sum(spans[1::2])
     a, b = [rand(5, 80, dtype=torch.float32) for _ in range(stages)], [rand(70, 5) for _ in range(stages)]
-    layer = (rand(70, 80), a, b, [2.0] * stages, spans)
+    layer = LowRankLinear(rand(70, 80), rand(70), a, b, [2.0] * stages, spans)
     x, residual, operand = rand(tokens, n), rand(tokens, m), rand(tokens, m) if activation == "silu_mul" else None
-    kept = activation != "none"
+    kept, wanted = activation != "none", Wanted([s == stages - 1 for s in range(stages)], True, n)
     with launched() as seen:
-        y, h, z = sliced_linear.forward(x, layer[0], rand(70), *layer[1:], activation, operand, residual, kept)
-        dz = sliced_linear.activation_backward(rand(tokens, m), z, operand, activation)[0] if kept else y
-        trains = [s == stages - 1 for s in range(stages)]
-        sliced_linear.backward(dz, x, h, *layer, trains, True, n)
-        decode.forward(x[:3], layer[0], rand(70), *layer[1:], activation, None if operand is None else operand[:3])
-    names = {launch.name.partition(".")[2] for launch in seen}
-    assert names >= {"product", "parts", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
+        y, h, z = product.forward(x, layer, Epilogue(activation, operand, residual), kept)
+        dz = product.activation_backward(rand(tokens, m), z, operand, activation)[0] if kept else y
+        product.backward(dz, x, h, layer, wanted, residual=rand(tokens, n) if kept else None)
+        if kept:
+            activated = Activated(activation, rand(tokens, n), None if operand is None else rand(tokens, n))
+            for given in (x, None):
+                product.backward_through_activation(dz, given, h, layer, wanted, activated)
+        decode.forward(x[:3], layer, Epilogue(activation, None if operand is None else operand[:3]))
+    names = {launch.name for launch in seen}
+    assert names >= {"product.forward", "product.backward", "decode.parts", "decode.sum"}
+    assert ("product.backward_through_activation" in names) == kept
+    assert names >= LOW_RANK if stages else not LOW_RANK & names
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])
 @pytest.mark.parametrize("rows", [(70, 33, 9), (40, 40)])
 def test_products_of_one_x_touch_the_bytes_that_are_counted(rows, stages):
     tokens, n, layers, gated = 67, 75, len(rows), len(rows) == 2
-    weights, count = [rand(m + 1, 80) for m in rows], layers * stages
-    a, b = [rand(5, 80) for _ in range(count)], [rand(m + 1, 5) for m in rows for _ in range(stages)]
-    x, scales, trains = rand(tokens, n), [2.0] * count, [s % max(stages, 1) == 0 for s in range(count)]
+    x, trains = rand(tokens, n), [s % max(stages, 1) == 0 for s in range(layers * stages)]
+    given = []
+    for m in rows:
+        a, b = [rand(5, 80) for _ in range(stages)], [rand(m + 1, 5) for _ in range(stages)]
+        given.append(LowRankLinear(rand(m + 1, 80), rand(m + 1), a, b, [2.0] * stages, [0, m]))
     with launched() as seen:
-        ys, h, _ = joint.forward(x, weights, [rand(m + 1) for m in rows], a, b, scales, rows, gated, True)
-        joint.backward(ys, x, h, weights, a, b, scales, trains, True, n)
-    names = {launch.name.partition(".")[2] for launch in seen}
-    assert names == {"together", "sum"} | ({"thin", "thin_reduce", "reduce", "finish"} if stages else set())
+        ys, h, _ = joint.forward(x, given, gated, keep=True)
+        joint.backward(ys, x, h, given, Wanted(trains, True, n))
+    names = {launch.name for launch in seen}
+    assert names == {"joint.forward", "joint.backward"} | (LOW_RANK if stages else set())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -174,8 +185,10 @@ def test_a_model_that_runs_launches_what_is_counted_without_numbers(kind, config
     counted = shown("meta")
     assert counted == shown("cpu")
     names = {name for name, *_ in counted}
-    assert names >= {"sliced_linear.product", "sliced_linear.reduce", "norm.backward"}
-    assert ("joint.sum" in names) == (kind is LlamaForCausalLM)  # the first layer's query, key and value make no dx
+    assert names >= {"product.forward", "product.backward", "reductions.reduce", "norm.backward"}
+    assert ("joint.backward" in names) == (
+        kind is LlamaForCausalLM
+    )  # the first layer's query, key and value make no dx
 
 
 @pytest.mark.parametrize("kind, config", [(LlamaForCausalLM, LLAMA), (GPTBigCodeForCausalLM, SANTA)])
@@ -186,7 +199,7 @@ def test_a_layer_adds_nothing_in_a_launch_of_its_own(kind, config):
         supernet = SuperTransformer(kind(config).to(torch.bfloat16), DEEP, rank=4)
     launches = [roofline.train(supernet, Subnet(48, 3, 64, n), roofline.Workload(config, 2, 7)) for n in DEEP.layers]
     deep, shallow = (Counter(launch.name for launch in some) for some in launches)
-    assert deep["sliced_linear.product"] > shallow["sliced_linear.product"]
+    assert deep["product.forward"] > shallow["product.forward"]
     assert deep["torch.add"] == shallow["torch.add"]
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bench.static.offline import offline
-from mlfs.kernels import decode, distill, grouped, joint, norm, rotary, sliced_linear
+from mlfs.kernels import decode, distill, grouped, joint, norm, product, reductions, rotary
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import finish, sliced_linear_reference
@@ -36,21 +37,21 @@ def run_sliced_linear(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, 
     x, weight, bias = randn(tokens, n, dtype=dtype), randn(64, 48, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
     a, b = [randn(rank, 48, scale=0.15) for _ in range(2)], [randn(64, rank, scale=0.5) for _ in range(2)]
     scales, residual, dy = [2.0, 0.5], randn(tokens, m, dtype=dtype), randn(tokens, m, dtype=dtype)
+    layer = LowRankLinear(weight, bias, a, b, scales, spans)
     with offline(ARCH, emulate):
-        layer = (a, b, scales, spans)
-        y, h, z = sliced_linear.forward(x, weight, bias, *layer, "gelu", None, residual, True, config)
-        dz, _ = sliced_linear.activation_backward(dy, z, None, "gelu")
-        found = sliced_linear.backward(dz, x, h, weight, *layer, [True, True], True, n, config)
-        with mock.patch.object(sliced_linear, "_in_one_pass", return_value=True):  # as other GPUs do
-            again = sliced_linear.backward(dz, x, h, weight, *layer, [True, True], False, n, config)[1:]
+        y, h, z = product.forward(x, layer, Epilogue("gelu", residual=residual), True, config)
+        dz, _ = product.activation_backward(dy, z, None, "gelu")
+        dx, found = product.backward(dz, x, h, layer, Wanted([True, True], True, n), config=config)
+        with mock.patch.object(reductions, "_in_one_pass", return_value=True):  # as other GPUs do
+            _, again = product.backward(dz, x, h, layer, Wanted([True, True], False, n), config=config)
     exact = [t.double().requires_grad_() for t in (x, *a, *b)]
     xd, ad, bd = exact[0], exact[1:3], exact[3:]
     goal = sliced_linear_reference(
         xd, weight.double(), bias.double(), ad, bd, scales, spans, "gelu", None, residual.double()
     )
     goal.backward(dy.double())
-    order = [xd.grad, ad[0].grad, bd[0].grad, ad[1].grad, bd[1].grad]
-    return [(y, goal), *zip(found, order, strict=True), *zip(again, order[1:], strict=True)]
+    order = [ad[0].grad, bd[0].grad, ad[1].grad, bd[1].grad]
+    return [(y, goal), (dx, xd.grad), *zip(found, order, strict=True), *zip(again, order, strict=True)]
 
 
 def run_feed_forward(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -67,12 +68,13 @@ def run_feed_forward(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, T
     goal = sliced_linear_reference(x, weight.double(), None, [ad], [bd], *lora[2:])
     wanted = [zd, *([ud] if activation == "silu_mul" else []), ad, bd, x]
     *gradients, dx = torch.autograd.grad(goal, wanted, dy.double())
-    rest = dy, given, h, weight, *lora, [True], True, n, config
+    layer, learns = LowRankLinear(weight, None, *lora), Wanted([True], True, n)
+    activated = Activated(activation, z, up if activation == "silu_mul" else None)
     with offline(ARCH, emulate):
-        through = {"activation": activation, "pre": z, "operand": up if activation == "silu_mul" else None}
-        found = sliced_linear.backward(dy, None, *rest[2:], **through)
-        added = sliced_linear.backward(*rest, residual=more)[0]
-    return [*zip(found, gradients, strict=True), (added, dx + more.double())]
+        dz, d_up, found = product.backward_through_activation(dy, None, h, layer, learns, activated, config)
+        added, _ = product.backward(dy, given, h, layer, learns, more, config)
+    through = [dz] if d_up is None else [dz, d_up]
+    return [*zip([*through, *found], gradients, strict=True), (added, dx + more.double())]
 
 
 def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -83,13 +85,14 @@ def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
     x, weight, bias = randn(52, 64, dtype=dtype), randn(64, 64, dtype=dtype, scale=0.15), randn(64, dtype=dtype)
     a, b, scales = [randn(4, 64, scale=0.15)], [randn(64, 4, scale=0.5)], [2.0]
     dy = randn(52, 64, dtype=dtype)
+    layer = LowRankLinear(weight, bias, a, b, scales, ())
     with offline(ARCH, emulate):
-        y, h = grouped.forward(x, weight, bias, a, b, scales, groups, config)
-        found = grouped.backward(dy, x, h, weight, a, b, scales, groups, [True], True, config)
+        y, h = grouped.forward(x, layer, groups, config)
+        dx, found = grouped.backward(dy, x, h, layer, groups, Wanted([True], True, 64), config)
     xd, ad, bd = (t.double().requires_grad_() for t in (x, a[0], b[0]))
     goal = grouped_sliced_linear_reference(xd, weight.double(), bias.double(), [ad], [bd], scales, groups)
     goal.backward(dy.double())
-    return [(y, goal), *zip(found, (xd.grad, ad.grad, bd.grad), strict=True)]
+    return [(y, goal), (dx, xd.grad), *zip(found, (ad.grad, bd.grad), strict=True)]
 
 
 def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -102,14 +105,17 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
     b = [randn(m + 3, 8, scale=0.5) for m in rows for _ in range(stages)]
     dys = [randn(tokens, m, dtype=dtype) for m in (rows[:1] if gated else rows)]
     residual = randn(tokens, n, dtype=dtype)
+    of_layer = [slice(i * stages, (i + 1) * stages) for i in range(len(rows))]
+    given = [
+        LowRankLinear(weights[i], biases[i], a[own], b[own], scales[own], [0, rows[i]])
+        for i, own in enumerate(of_layer)
+    ]
     with offline(ARCH, emulate):
-        ys, h, z = joint.forward(x, weights, biases, a, b, scales, rows, gated, True, config)
-        ds = (
-            dys
-            if not gated
-            else [d for d in sliced_linear.activation_backward(dys[0], z, ys[1], "silu_mul") if d is not None]
-        )
-        found = joint.backward(ds, x, h, weights, a, b, scales, [True] * len(a), True, n, config, residual)
+        ys, h, z = joint.forward(x, given, gated, True, config)
+        ds = dys
+        if gated:
+            ds = [d for d in product.activation_backward(dys[0], z, ys[1], "silu_mul") if d is not None]
+        found_dx, found = joint.backward(ds, x, h, given, Wanted([True] * len(a), True, n), residual, config)
     xd, *pairs = (t.double().requires_grad_() for t in (x, *(t for pair in zip(a, b, strict=True) for t in pair)))
     layers = [
         Projection(w.double(), bias.double(), pairs[2 * i * stages : 2 * (i + 1) * stages : 2],
@@ -118,8 +124,8 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
     ]  # fmt: skip
     goals = joint_linear_reference(xd, layers, gated)
     dx, *gradients = torch.autograd.grad(goals, [xd, *pairs], [dy.double() for dy in dys])
-    gradients = [dx + residual.double(), *gradients]
-    return [*zip(ys[: len(goals)], goals, strict=True), *zip(found, gradients, strict=True)]
+    pairs_of_x = [*zip(ys[: len(goals)], goals, strict=True), (found_dx, dx + residual.double())]
+    return [*pairs_of_x, *zip(found, gradients, strict=True)]
 
 
 def run_decode(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -129,7 +135,7 @@ def run_decode(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]
     a, b, scales = [randn(8, 96, scale=0.1) for _ in range(3)], [randn(80, 8, scale=0.5) for _ in range(3)], [2.0] * 3
     operand = randn(tokens, sum(spans[1::2]), dtype=dtype)
     with offline(ARCH, emulate):
-        y = decode.forward(x, weight, bias, a, b, scales, spans, "silu_mul", operand)
+        y = decode.forward(x, LowRankLinear(weight, bias, a, b, scales, spans), Epilogue("silu_mul", operand))
     exact = [[t.double() for t in stages] for stages in (a, b)]
     wide = (x.double(), weight.double(), bias.double())
     return [(y, sliced_linear_reference(*wide, *exact, scales, spans, "silu_mul", operand.double()))]

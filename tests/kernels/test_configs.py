@@ -8,11 +8,12 @@ from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import move
 
 pytest.importorskip("triton")
-from mlfs.kernels import configs, grouped, joint, sliced_linear
+from mlfs.kernels import configs, grouped, joint, product
 from mlfs.kernels.configs import PRODUCT, Config
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -53,7 +54,7 @@ def test_every_tile_of_the_sliced_product(device, dtype, n, spans):
     cpu, m = tensors(dtype), sum(spans[1::2])
     t = {name: move(value, device) for name, value in cpu.items()}
     x, residual, dy = t["x"][:, :n], t["residual"][:, :m], t["dy"][:, :m]
-    layer = ([t["a0"], t["a1"]], [t["b0"], t["b1"]], SCALES, spans)
+    layer = LowRankLinear(t["weight"], t["bias"], [t["a0"], t["a1"]], [t["b0"], t["b1"]], SCALES, spans)
     wide = {name: value.double() for name, value in cpu.items()}
     leaves = [wide[name].requires_grad_() for name in ("x", "a0", "b0", "a1", "b1")]
     xd, a0, b0, a1, b1 = leaves
@@ -62,19 +63,19 @@ def test_every_tile_of_the_sliced_product(device, dtype, n, spans):
     gradients = torch.autograd.grad(plain, leaves, wide["dy"][:, :m])
     right = [gradients[0][:, :n], *gradients[1:]]
     for config in tables(device):
-        y, h, _ = sliced_linear.forward(x, t["weight"], t["bias"], *layer, config=config)
-        found = sliced_linear.backward(dy, x, h, t["weight"], *layer, [True, True], True, n, config=config)
-        compare([y, *found], [plain, *right], dtype, config)
+        y, h, _ = product.forward(x, layer, config=config)
+        dx, gradients = product.backward(dy, x, h, layer, Wanted([True, True], True, n), config=config)
+        compare([y, dx, *gradients], [plain, *right], dtype, config)
         if config.block_t * config.block_c <= 128 * 128:
-            z = sliced_linear.forward(x, t["weight"], t["bias"], *layer, residual=residual, config=config)[0]
-            compare([z], [added], dtype, config)
+            y, _, _ = product.forward(x, layer, Epilogue(residual=residual), config=config)
+            compare([y], [added], dtype, config)
 
 
 @on_each_device_and_type
 def test_every_tile_of_the_grouped_product(device, dtype):
     cpu = tensors(dtype)
     t = {name: move(value, device) for name, value in cpu.items()}
-    layer = ([t["a0"]], [t["b0"]], SCALES[:1], GROUPS)
+    layer = LowRankLinear(t["weight"], t["bias"], [t["a0"]], [t["b0"]], SCALES[:1], ())
     wide = {name: value.double() for name, value in cpu.items()}
     leaves = [wide[name].requires_grad_() for name in ("x", "a0", "b0")]
     goal = grouped_sliced_linear_reference(
@@ -83,9 +84,9 @@ def test_every_tile_of_the_grouped_product(device, dtype):
     right = torch.autograd.grad(goal, leaves, wide["dy"])
     for config in tables(device):
         if config.block_t * config.block_c <= 128 * 128:
-            y, h = grouped.forward(t["x"], t["weight"], t["bias"], *layer, config=config)
-            found = grouped.backward(t["dy"], t["x"], h, t["weight"], *layer, [True], True, config=config)
-            compare([y, *found], [goal, *right], dtype, config)
+            y, h = grouped.forward(t["x"], layer, GROUPS, config)
+            dx, gradients = grouped.backward(t["dy"], t["x"], h, layer, GROUPS, Wanted([True], True, 96), config)
+            compare([y, dx, *gradients], [goal, *right], dtype, config)
 
 
 @on_each_device_and_type
@@ -94,8 +95,11 @@ def test_every_tile_of_the_projections_of_one_input(device, dtype, rows):
     cpu, gated = tensors(dtype), len(rows) == 2
     t = {name: move(value, device) for name, value in cpu.items()}
     order, scales = [0, 1, 0][: len(rows)], [2.0, 0.5, 2.0][: len(rows)]
-    weights, biases = [t["weight"], t["residual"][:150, :96], t["dy"][:150, :96]], [t["bias"]] * len(rows)
-    layer = [t[f"a{i}"] for i in order], [t[f"b{i}"] for i in order], scales
+    weights = [t["weight"], t["residual"][:150, :96], t["dy"][:150, :96]]
+    given = [
+        LowRankLinear(weights[i], t["bias"], [t[f"a{k}"]], [t[f"b{k}"]], [scales[i]], [0, rows[i]])
+        for i, k in enumerate(order)
+    ]
     wide = {name: value.double() for name, value in cpu.items()}
     exact = [wide["weight"], wide["residual"][:150, :96], wide["dy"][:150, :96]]
     layers = [
@@ -105,7 +109,7 @@ def test_every_tile_of_the_projections_of_one_input(device, dtype, rows):
     goals = joint_linear_reference(wide["x"], layers, gated)
     for config in tables(device):
         if config.block_t * config.block_c <= 128 * 128:
-            ys, _, _ = joint.forward(t["x"], weights[: len(rows)], biases, *layer, rows, gated, False, config)
+            ys, _, _ = joint.forward(t["x"], given, gated, config=config)
             compare(ys[: len(goals)], goals, dtype, config)
 
 
@@ -116,11 +120,12 @@ def test_tuning_on_the_device_keeps_its_choice(tmp_path, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("MLFS_TUNE", "1")
     x, weight = (torch.randn(500, 96, device="cuda", dtype=torch.float16) for _ in range(2))
-    y = sliced_linear.forward(x, weight, None, [], [], [], [0, 500])[0]
+    layer = LowRankLinear(weight, None, [], [], [], [0, 500])
+    y = product.forward(x, layer)[0]
     torch.testing.assert_close(y, x @ weight.t(), rtol=5e-3, atol=2e-2)
     (key,) = json.loads(cache.read_text())
     assert key == "product/512x512x128/float16/float16"
     chosen = json.loads(cache.read_text())[key]
     assert Config(**chosen) in PRODUCT[configs.architecture(x.device)]
     monkeypatch.setattr(configs, "_time", lambda *_: pytest.fail("timed again"))
-    sliced_linear.forward(x, weight, None, [], [], [], [0, 500])
+    product.forward(x, layer)

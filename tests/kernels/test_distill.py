@@ -68,14 +68,14 @@ def test_rows_of_logits_one_by_one(stride, far):
     apart = 4 * (log_p.exp() * (log_p - log_r)).sum(-1)
     (0.3 * goal + 0.7 * apart).sum().backward()
     sums = torch.full((2, 5), float("nan"))
-    distill.head_rows(z[:, :101], u[:, :101], labels, sums, 0.7, 2.0, 0.2, True, IGNORED)
+    distill.head_rows(z[:, :101], u[:, :101], labels, sums, 0.7, 2.0, 0.2, True)
     torch.testing.assert_close(sums[:, [0, 2, 3]].double(), torch.stack([goal, apart]).detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z[[0, 2, 3], :101].double(), exact.grad, rtol=1e-4, atol=1e-5)
     assert not sums[:, 1].any() and not z[1, :101].any()
     assert sums[0, 4].isnan()  # 101 is no label
     assert z[:, 112:].isnan().all()  # of others
     before = torch.full((2, 4), 7.0)
-    distill.head_rows(z[:4, :101], None, labels[:4], before, 0.0, 1.0, 0.0, False, IGNORED)
+    distill.head_rows(z[:4, :101], None, labels[:4], before, 0.0, 1.0, 0.0, False)
     assert (before[1] == 7).all() and before[0].isfinite().all()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
+from mlfs.ops.layer import LowRankLinear
 from tests.calls import LAYOUTS, strided
 from tests.devices import on_each_device
 from tests.projections import case, leaves
@@ -101,10 +102,9 @@ def test_what_is_not_kept_is_not_written(device, gated):
     goals = [y.detach() for y in joint_linear_reference(*exact[:2], gated)]
     z, up = (y.detach() for y in joint_linear_reference(*exact[:2]))
     x, layers, _ = leaves(x, layers, device, None, None)
-    a, b = [t for p in layers for t in p.lora_a], [t for p in layers for t in p.lora_b]
-    weights, biases, scales = [p.weight for p in layers], [p.bias for p in layers], [2.0, 2.0]
+    low_rank = [LowRankLinear(*layer[:5], [0, layer.rows]) for layer in layers]
     for keep in (False, True):
-        ys, _, pre = joint.forward(x.detach(), weights, biases, a, b, scales, [70, 70], gated, keep)
+        ys, _, pre = joint.forward(x.detach(), low_rank, gated, keep)
         right = [goals[0], up, z] if gated and keep else goals
         found = [*ys, pre] if gated and keep else ys[: len(goals)]
         for mine, one in zip(found, right, strict=True):

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import on_each_device
 
 pytest.importorskip("triton")
-from mlfs.kernels import decode, grouped, joint, norm, rotary, sliced_linear
+from mlfs.kernels import decode, grouped, joint, norm, product, rotary
 
 ROWS, COLUMNS, STRIDE = 40, 48, 2**26
 pytestmark = on_each_device
@@ -63,20 +64,20 @@ def test_sliced_product(device, transposed):
     m, n = weight.shape
     x, dy, residual = (far(ROWS, k, device, 1 + i) for i, k in enumerate((n, m, m)))
     a, b = near(4, n, device=device, seed=4), near(m, 4, device=device, seed=5)
-    layer = ([a], [b], [2.0], [0, m])
-    y, h, z = sliced_linear.forward(x, weight, None, *layer, "gelu", None, residual, True)
-    dz, _ = sliced_linear.activation_backward(dy, z, None, "gelu")
-    found = sliced_linear.backward(dz, x, h, weight, *layer, [True], True, n)
+    layer = LowRankLinear(weight, None, [a], [b], [2.0], [0, m])
+    y, h, z = product.forward(x, layer, Epilogue("gelu", residual=residual), keep_pre=True)
+    dz, _ = product.activation_backward(dy, z, None, "gelu")
+    dx, gradients = product.backward(dz, x, h, layer, Wanted([True], True, n))
     xd, wd, ad, bd, rd = wide(x, weight, a, b, residual)
     goal = sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], [0, m], "gelu", None, rd)
-    agree([y, *found], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
-    few = decode.forward(x[24:], weight, None, *layer, "gelu", None, residual[24:])
+    agree([y, dx, *gradients], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
+    few = decode.forward(x[24:], layer, Epilogue("gelu", residual=residual[24:]))
     agree([few], [goal[24:]])
 
 
 def test_sliced_product_of_gradients_and_gates_that_far_apart(device):
     dy, z, operand = (far(ROWS, COLUMNS, device, i) for i in range(3))
-    found = sliced_linear.activation_backward(dy, z, operand, "silu_mul")
+    found = product.activation_backward(dy, z, operand, "silu_mul")
     zd, od = wide(z, operand)
     right = torch.autograd.grad(torch.nn.functional.silu(zd) * od, (zd, od), dy.cpu().double())
     agree([t for t in found if t is not None], list(right))
@@ -86,11 +87,12 @@ def test_several_sizes_in_one_launch(device):
     weight, x, dy = (far(ROWS, k, device, i) for i, k in enumerate((COLUMNS, COLUMNS, ROWS)))
     a, b = near(4, COLUMNS, device=device, seed=4), near(ROWS, 4, device=device, seed=5)
     groups = (Group(0, 20, 48, (0, 40)), Group(20, 19, 31, (3, 15, 30, 10)))
-    y, h = grouped.forward(x, weight, None, [a], [b], [2.0], groups)
-    found = grouped.backward(dy, x, h, weight, [a], [b], [2.0], groups, [True], True)
+    layer = LowRankLinear(weight, None, [a], [b], [2.0], ())
+    y, h = grouped.forward(x, layer, groups)
+    dx, gradients = grouped.backward(dy, x, h, layer, groups, Wanted([True], True, COLUMNS))
     xd, wd, ad, bd = wide(x, weight, a, b)
     goal = grouped_sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], groups)
-    agree([y, *found], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
+    agree([y, dx, *gradients], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
 
 
 @pytest.mark.parametrize("rms", [False, True])
@@ -121,11 +123,11 @@ def test_projections_of_one_input(device):
     a, b = (
         [near(*shape, device=device, seed=i + k) for i in range(2)] for k, shape in ((5, (4, COLUMNS)), (7, (ROWS, 4)))
     )
-    layer = (weights, [], a, b, [2.0, 0.5])
-    ys, h, _ = joint.forward(x, *layer, [ROWS] * 2, False, True)
-    found = joint.backward(dys, x, h, weights, a, b, [2.0, 0.5], [True] * 2, True, COLUMNS)
+    given = [LowRankLinear(weights[i], None, [a[i]], [b[i]], [(2.0, 0.5)[i]], [0, ROWS]) for i in range(2)]
+    ys, h, _ = joint.forward(x, given, keep=True)
+    dx, found = joint.backward(dys, x, h, given, Wanted([True] * 2, True, COLUMNS))
     xd, w0, w1, a0, a1, b0, b1 = wide(x, *weights, *a, *b)
     layers = [Projection(w0, None, [a0], [b0], [2.0], ROWS), Projection(w1, None, [a1], [b1], [0.5], ROWS)]
     goals = joint_linear_reference(xd, layers)
     gradients = torch.autograd.grad(goals, (xd, a0, b0, a1, b1), [dy.cpu().double() for dy in dys])
-    agree([*ys, *found], [*goals, *gradients])
+    agree([*ys, dx, *found], [*goals, *gradients])
