@@ -10,6 +10,7 @@ of its tensors once: what it reads again itself is left to the caches, as with e
 """
 
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,10 +30,6 @@ from mlfs.kernels import configs, decode, joint, norm, rotary, sliced_linear
 # by name: `mlfs.ops` has functions of these names
 OPERATORS = [
     import_module(f"mlfs.ops.{name}") for name in ("feed_forward", "joint_linear", "norm", "rotary", "sliced_linear")
-]
-CALLERS = [  # what asks for the backend, too
-    import_module(f"mlfs.{name}")
-    for name in ("elastic.joint", "models.fused.attention", "models.fused.layer", "models.fused.mlp")
 ]
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
@@ -252,7 +249,8 @@ def key_of(tensor: Tensor, numbers: int) -> Hashable:
 def record(arch: str = "sm90") -> Iterator[list[Launch]]:
     """The launches inside the block, in order, of computations on the meta device."""
     recorder = _Recorder()
-    patches = [mock.patch.object(module, "backend_of", lambda *_: "triton") for module in OPERATORS + CALLERS]
+    asking = [m for name, m in sys.modules.items() if name.startswith("mlfs.") and "backend_of" in vars(m)]
+    patches = [mock.patch.object(module, "backend_of", lambda *_: "triton") for module in asking]
     patches.append(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", recorder.attention))
     with ExitStack() as stack:
         for patch in patches:

@@ -9,7 +9,7 @@ This is the layer of encoders like BERT (arXiv 1810.04805). There is no referenc
 from torch import Tensor
 
 from mlfs.ops.backend import cpp
-from mlfs.ops.sliced_linear import ACTIVATIONS, Layer
+from mlfs.ops.layer import ACTIVATIONS, LowRankLinear
 
 __all__ = ["encoder_layer"]
 
@@ -18,12 +18,12 @@ Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
 def encoder_layer(
     x: Tensor,
-    projections: list[Layer],
-    out: Layer,
+    projections: list[LowRankLinear],
+    out: LowRankLinear,
     norm: Norm,
-    up: Layer,
+    up: LowRankLinear,
     activation: str,
-    down: Layer,
+    down: LowRankLinear,
     last_norm: Norm,
     ranges: Tensor,
     head_dim: int,
