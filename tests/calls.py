@@ -1,12 +1,13 @@
 """Calls of the sliced linear operator: examples, random ones, and the dense product they must equal."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlfs.ops.sliced_linear import ACTIVATIONS
+from mlfs.ops.layer import ACTIVATIONS, Epilogue, LowRankLinear, flatten
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,20 @@ class Call:
     residual: Tensor | None = None
 
     def __call__(self, op) -> Tensor:
-        return op(*self.arguments)
+        return op(self.x, self.layer, self.epilogue)
 
     @property
-    def arguments(self) -> tuple:
-        return tuple(getattr(self, field.name) for field in fields(self))
+    def layer(self) -> LowRankLinear:
+        return LowRankLinear(self.weight, self.bias, self.lora_a, self.lora_b, self.scales, self.spans)
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.activation, self.operand, self.residual)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the operator of torch.library takes them, but for whether anything is kept."""
+        return self.x, self.operand, self.residual, *flatten([self.layer]), self.activation
 
     @property
     def leaves(self) -> list[Tensor]:

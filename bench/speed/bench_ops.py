@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlfs import SearchSpace, SuperTransformer
 from mlfs.ops import rms_norm, sliced_linear, sliced_linear_reference
+from mlfs.ops.layer import LowRankLinear
 
 TOKENS, FULL = 512, (1536, 384)
 SIZES = {"full": (1536, 384), "half": (768, 192)}
@@ -50,7 +51,8 @@ def test_dense_product(tensors: dict[str, Any], benchmark: Any) -> None:
 @pytest.mark.parametrize("op", [sliced_linear, sliced_linear_reference], ids=["operator", "reference"])
 def test_sliced_product_with_adapter(op: Any, tensors: dict[str, Any], benchmark: Any) -> None:
     t = tensors
-    benchmark(step(lambda: op(t["x"], t["weight"], t["bias"], t["a"], t["b"], [2.0], [0, t["m"]])))
+    layer = LowRankLinear(t["weight"], t["bias"], t["a"], t["b"], [2.0], [0, t["m"]])
+    benchmark(step(lambda: op(t["x"], layer)))
 
 
 def test_rms_norm(benchmark: Any) -> None:

@@ -12,7 +12,8 @@ from mlfs.ops import divergence, layer_norm, rms_norm, sliced_linear
 from mlfs.ops.backend import use_backend
 from mlfs.ops.feed_forward import feed_forward, feed_forward_reference
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear
-from mlfs.ops.joint_linear import Projection, joint_linear
+from mlfs.ops.joint_linear import joint_linear
+from mlfs.ops.layer import Epilogue, LowRankLinear
 from mlfs.ops.norm import add_norm
 from mlfs.ops.rotary import rotary
 
@@ -86,13 +87,13 @@ def _product(
         dy = _randn(tokens, m, device=device, dtype=dtype) if trains else None
         trained = [t.requires_grad_(trains) for t in (a[-1], b[-1])]
         x.requires_grad_(trains)
-        layer = (a, b, [SCALE] * stages, [0, m])
+        layer = LowRankLinear(weight, None, a, b, [SCALE] * stages, [0, m])
         small = weight[:m, :n].clone()
         low = [(p[:, :n].detach().to(dtype), q[:m].detach().to(dtype)) for p, q in zip(a, b, strict=True)]
         leaves = [t.clone().requires_grad_(trains) for t in low[-1]]
 
         def ours() -> Tensor:
-            return sliced_linear(x, weight, None, *layer)
+            return sliced_linear(x, layer)
 
         def copied() -> Tensor:
             y = functional.linear(x, weight[:m, :n].clone(memory_format=torch.contiguous_format))
@@ -151,19 +152,20 @@ def _several(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int,
         a = _randn(RANK, columns, device=device).requires_grad_()
         b = _randn(rows, RANK, device=device).requires_grad_()
         dy = _randn(4 * each, rows, device=device, dtype=dtype)
+        layer = LowRankLinear(weight, None, [a], [b], [SCALE], [0, rows])
 
         def ours() -> Tensor:
-            return grouped_sliced_linear(x, weight, None, [a], [b], [SCALE], groups)
+            return grouped_sliced_linear(x, layer, groups)
 
         def one_by_one() -> Tensor:
             found = []
             for group in groups:
-                y = sliced_linear(x[group.rows, : group.n], weight, None, [a], [b], [SCALE], list(group.spans))
+                y = sliced_linear(x[group.rows, : group.n], layer._replace(spans=group.spans))
                 found.append(functional.pad(y, (0, rows - y.shape[1])))
             return torch.cat(found)
 
         def whole() -> Tensor:
-            return sliced_linear(x, weight, None, [a], [b], [SCALE], [0, rows])
+            return sliced_linear(x, layer)
 
         return {
             "mlfs": _contender(ours, [x, a, b], dy),
@@ -182,10 +184,10 @@ def _together(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int
     def build() -> dict[str, Contender]:
         x = _randn(tokens, columns, device=device, dtype=dtype).requires_grad_()
         layers = [
-            Projection(
+            LowRankLinear(
                 _randn(rows, columns, device=device, dtype=dtype), None,
                 [_randn(RANK, columns, device=device).requires_grad_()],
-                [_randn(rows, RANK, device=device).requires_grad_()], [SCALE], rows,
+                [_randn(rows, RANK, device=device).requires_grad_()], [SCALE], [0, rows],
             )
             for _ in range(3)
         ]  # fmt: skip
@@ -196,7 +198,7 @@ def _together(device: str, dtype: torch.dtype, size: str, tokens: int, rows: int
             return torch.cat(joint_linear(x, layers), 1)
 
         def one_by_one() -> Tensor:
-            return torch.cat([sliced_linear(x, *layer[:5], [0, rows]) for layer in layers], 1)
+            return torch.cat([sliced_linear(x, layer) for layer in layers], 1)
 
         return {
             "mlfs": _contender(ours, wanted, dy),
@@ -217,9 +219,9 @@ def _feed_forward(
         x = _randn(tokens, columns, device=device, dtype=dtype).requires_grad_()
         shapes = [(rows, columns)] * (1 + gated) + [(columns, rows)]
         layers = [
-            Projection(
+            LowRankLinear(
                 _randn(m, n, device=device, dtype=dtype), None, [_randn(RANK, n, device=device).requires_grad_()],
-                [_randn(m, RANK, device=device).requires_grad_()], [SCALE], m,
+                [_randn(m, RANK, device=device).requires_grad_()], [SCALE], [0, m],
             )
             for m, n in shapes
         ]  # fmt: skip
@@ -230,9 +232,10 @@ def _feed_forward(
             return feed_forward(x, layers, activation, x)[0]
 
         def one_by_one() -> Tensor:
-            *ups, down = [lambda t, p=p, **more: sliced_linear(t, *p[:5], [0, p.rows], **more) for p in layers]
-            gate = {"activation": activation, **({"operand": ups[-1](x)} if gated else {})}
-            return down(ups[0](x, **gate), residual=x)
+            *ups, down = layers
+            operand = sliced_linear(x, ups[-1]) if gated else None
+            activated = sliced_linear(x, ups[0], Epilogue(activation, operand))
+            return sliced_linear(activated, down, Epilogue(residual=x))
 
         def plain() -> Tensor:
             return feed_forward_reference(x, layers, activation, x)

@@ -10,6 +10,7 @@ of its tensors once: what it reads again itself is left to the caches, as with e
 """
 
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,6 @@ from mlfs.kernels import configs, decode, joint, norm, product, reductions, rota
 OPERATORS = [
     import_module(f"mlfs.ops.{name}") for name in ("feed_forward", "joint_linear", "norm", "rotary", "sliced_linear")
 ]
-CALLERS = [import_module(f"mlfs.{name}") for name in ("elastic.joint", "ops.attention", "ops.layers")]  # they ask too
 Sizes = Mapping[Hashable, int]  # bytes, by tensor
 
 
@@ -300,8 +300,9 @@ def record(arch: str = "sm90") -> Iterator[list[Launch]]:
 def _on_kernels() -> Iterator[None]:
     """Operators take the kernels whatever their tensors are on: on the meta device they would take plain PyTorch."""
     with ExitStack() as stack:
-        for module in OPERATORS + CALLERS:
-            stack.enter_context(mock.patch.object(module, "backend_of", lambda *_: "triton"))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("mlfs.") and "backend_of" in vars(module):
+                stack.enter_context(mock.patch.object(module, "backend_of", lambda *_: "triton"))
         yield
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mlfs.elastic.base import Axes, Elastic, OutputPart
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import is_direct
+from mlfs.ops.actions import linear as apply_linear
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
-from mlfs.ops.joint_linear import Projection
-from mlfs.ops.sliced_linear import Layer, direct_linears, finish, sliced_linear, sliced_linear_reference
+from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
+from mlfs.ops.sliced_linear import finish
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
 
@@ -93,41 +93,64 @@ class ElasticLinear(Elastic):
         operand: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x: (..., n) -> act(y) + residual: (..., m); see the class, and `mlfs.ops.sliced_linear` for the options."""
+        """Applies the layer, and what follows it: x (..., n) -> act(y) [· operand] + residual (..., m).
+
+        Args:
+            out_features: m, 1 to all; by default the active subnet's, else all.
+            activation, operand, residual: see `mlfs.ops.layer.Epilogue`.
+
+        Raises:
+            MLFSError: x wider than the layer, an m that it does not have, or an operand that does not fit the
+                activation.
+        """
         if x.shape[-1] > self.in_features:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most in_features={self.in_features}")
-        rest = activation, operand, residual
-        if (rows := self._row_sizes()) is not None and out_features is None:
-            grouped = grouped_sliced_linear_reference if self.weight.requires_grad else grouped_sliced_linear
-            flat = x.reshape(-1, x.shape[-1])
-            y = grouped(flat, *self._reads_at([])[:-1], self._groups(x, rows)).view(*x.shape[:-1], -1)
-            return finish(y, *rest)
-        layer = self._reads_at(self.spans(out_features))
-        if is_direct(x, layer[0], operand, residual):
-            return direct_linears(x, [layer], *rest)[0]
-        op = sliced_linear_reference if self.weight.requires_grad else sliced_linear
-        return op(x, *layer, *rest)
+        epilogue = NOTHING
+        if activation != "none" or operand is not None or residual is not None:
+            epilogue = Epilogue(activation, operand, residual)
+        row_sizes = self._row_sizes()
+        if row_sizes is not None and out_features is None:
+            return finish(self._apply_to_rows(x, row_sizes), epilogue)
+        weight = self.weight  # once: nn.Module takes longer to find it than an operator's choice takes
+        layer = self._read(weight, self.spans(out_features))
+        return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad)
 
-    def reads_now(self) -> Layer:
-        """(weight, bias, lora_a, lora_b, scales, spans) under the active subnet, in the operators' order."""
-        return self._reads_at(self.spans())
+    def _apply_to_rows(self, x: Tensor, row_sizes: RowSizes) -> Tensor:
+        """Applies the layer to x (rows, ..., N), each row at sizes of its own: (rows, ..., M), zeros off a row's m."""
+        grouped = grouped_sliced_linear
+        if self.weight.requires_grad:
+            grouped = grouped_sliced_linear_reference
+        flat = x.reshape(-1, x.shape[-1])  # (rows · tokens, N)
+        layer = self._read(self.weight, [0, self.out_features])
+        y = grouped(flat, layer, self._groups(x, row_sizes))
+        return y.view(*x.shape[:-1], -1)
 
-    def _reads_at(self, spans: list[int]) -> Layer:
-        weight = self._matrix() if self._merged is None else self._merged
+    def reads_now(self) -> LowRankLinear:
+        """Gives the layer as it is read under the active subnet, as operators take it."""
+        return self._read(self.weight, self.spans())
+
+    def _read(self, weight: Tensor, spans: list[int]) -> LowRankLinear:
+        matrix = self._merged
+        if matrix is None:
+            matrix = weight.t() if self.transposed else weight
         trained = slice(self.merged_stages, self.trained_stages)
-        lora = _values(self.lora_A)[trained], _values(self.lora_B)[trained], self.scales[trained]
-        return weight, self.bias, *lora, spans
+        lora_a, lora_b = _values(self.lora_A)[trained], _values(self.lora_B)[trained]
+        return LowRankLinear(matrix, self.bias, lora_a, lora_b, self.scales[trained], spans)
 
-    def projection(self) -> Projection | None:
-        """Itself as `joint_linear` takes it; None where it has to be called: its base trains, rows have sizes of their
-        own, it is several projections already, or someone watches its calls."""
-        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        if self.weight.requires_grad or any(hooks) or len(self._extents) > 1 or self._row_sizes() is not None:
+    def for_operators(self) -> LowRankLinear | None:
+        """Gives the layer as operators of several layers take it, or None where it must be called.
+
+        It must be called where its base trains, rows of the batch have sizes of their own, or hooks watch its calls.
+        """
+        weight = self.weight
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
             return None
-        return Projection(*self._reads_at([])[:-1], self._size(None, self.out_features, "out_features"))
+        if weight.requires_grad or self._row_sizes() is not None:
+            return None
+        return self._read(weight, self.spans())
 
     def spans(self, out_features: int | None = None) -> list[int]:
-        """The rows of W that are read now, as flat (start, length) pairs."""
+        """Gives the rows of W that are read now, as flat (start, length) pairs."""
         if len(self._extents) < 2 or self._scope is None:
             return [0, self._size(out_features, self.out_features, "out_features")]
         return self._fused_spans(self._scope.sizes)

@@ -7,70 +7,100 @@
 | `cpp`       | the extension compiled from csrc/  | CPUs, fp32 (and fp64, when forced)                   |
 
 GPUs take `triton` for fp32, bf16 and fp16, CPUs take `cpp` for fp32, everything else takes `reference`. The environment
-variable MLFS_BACKEND, read when mlfs is imported, or `use_backend` forces one.
+variable MLFS_BACKEND, read when mlfs is imported, or `use_backend` forces one. Each backend is a file of
+`mlfs.ops.backends`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
+from mlfs.ops.backends import table
+from mlfs.ops.backends.cpp import extension as cpp
+from mlfs.ops.backends.cpp import why_no_cpp
 
-BACKENDS = ("reference", "triton", "cpp")
-_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CPP_TYPES = (torch.float32, torch.float64)
+__all__ = [
+    "BACKENDS", "autocast_type", "backend_of", "check", "cpp", "direct_implementation", "has_implementation",
+    "in_autocast_type", "is_direct", "run", "use_backend", "why_no_cpp",
+]  # fmt: skip
+
+BACKENDS = tuple(table.BACKENDS)
 # Of the process: a backward pass runs in threads of its own. The environment is read once: that takes its time.
 _forced: str | None = os.environ.get("MLFS_BACKEND") or None
 
 
 def backend_of(x: Tensor, *others: Tensor | None) -> str:
-    """The backend for an operator on `x` and `others` (None is skipped). Raises MLFSError if a forced one cannot run,
-    and says why."""
-    forced = _forced
-    if forced is None:
-        if x.is_cuda:
-            return "triton" if x.dtype in _TRITON_TYPES and _why_no_triton() is None else "reference"
-        takes = x.dtype == torch.float32 and x.device.type == "cpu" and _is_one_type(x, others)
-        return "cpp" if takes and why_no_cpp() is None else "reference"
-    check(forced)
-    if forced == "triton":
-        if x.dtype not in _TRITON_TYPES:
-            raise MLFSError(f"backend triton: {x.dtype} is not supported, expected one of {_TRITON_TYPES}")
-        if not x.is_cuda and not _interpreted():
-            raise MLFSError(
-                f"backend triton: a tensor on {x.device}; move it to a GPU, or start Python with TRITON_INTERPRET=1"
-            )
-    if forced == "cpp":
-        if x.device.type != "cpu":
-            raise MLFSError(f"backend cpp: a tensor on {x.device}; move it to the CPU")
-        if x.dtype not in _CPP_TYPES or not _is_one_type(x, others):
-            kinds = sorted({str(t.dtype)[6:] for t in (x, *others) if t is not None})
-            raise MLFSError(f"backend cpp: tensors of {', '.join(kinds)}; expected all float32, or all float64")
-    return forced
+    """Names the backend for an operator on `x` and `others` (None is skipped).
+
+    Raises:
+        MLFSError: a backend is forced that cannot run on them; the message says why.
+    """
+    if _forced is None:
+        for backend in table.ASKED:
+            if backend.takes(x, others):
+                return backend.name
+        return "reference"
+    check(_forced)
+    reason = table.BACKENDS[_forced].why_not(x, others)
+    if reason is not None:
+        raise MLFSError(f"backend {_forced}: {reason}")
+    return _forced
+
+
+def run(operator: str, on: tuple[Tensor | None, ...], *arguments: Any) -> Any:
+    """Runs an operator by the backend for the tensors `on`; by its reference, if the backend lacks it or refuses.
+
+    Args:
+        on: the tensors whose type and device decide, the first of them not None.
+        arguments: of the implementations.
+    """
+    x, *others = on
+    assert x is not None
+    own = table.find(backend_of(x, *others), operator)
+    if own is not None:
+        result = own(*arguments)
+        if result is not NotImplemented:
+            return result
+    reference = table.find("reference", operator)
+    assert reference is not None, operator
+    return reference(*arguments)
+
+
+def has_implementation(operator: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Says whether an operator on these tensors runs by something other than its reference."""
+    backend = backend_of(x, *others)
+    return backend != "reference" and table.find(backend, operator) is not None
+
+
+def direct_implementation(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
+    """Finds an implementation that may be called without an operator of PyTorch's between, or None.
+
+    Such a call takes longer than a small product, and is not needed where no gradient is wanted, and nothing traces,
+    stands in for `x` or changes its type.
+    """
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if autocast_type(x) is not None:
+        return None
+    return table.find(backend_of(x, *others), operator)
 
 
 def is_direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the extension for CPUs may be called without an operator between, whose call takes longer than a small
-    product: no gradient is wanted, and nothing traces, stands in for `x` or changes its type."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and autocast_type(x) is None
-        and backend_of(x, *others) == "cpp"
-    )
+    """Says whether linear layers of these tensors run without an operator of PyTorch's between."""
+    return direct_implementation("direct_linears", x, *others) is not None
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:
     """What autocast computes in where x is, or None outside of it (always on devices that have none, as `meta`)."""
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled else None
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def in_autocast_type(x: Tensor) -> Tensor:
@@ -92,46 +122,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def check(name: str) -> None:
     """Raises MLFSError if there is no such backend, or it cannot run here."""
-    if name not in BACKENDS:
-        raise MLFSError(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
-    if name == "triton" and (reason := _why_no_triton()):
-        raise MLFSError(f"backend triton is not available: {reason}")
-    if name == "cpp" and (reason := why_no_cpp()):
-        raise MLFSError(f"backend cpp is not available: {reason}")
-
-
-@cache
-def cpp() -> Any:
-    """The compiled extension."""
-    import mlfs._cpu as extension
-
-    return extension
-
-
-@cache
-def why_no_cpp() -> str | None:
-    """Why the extension cannot be used here; None where it can."""
-    try:
-        import mlfs._cpu  # noqa: F401
-    except ImportError as error:
-        return f"the extension was not built, or not for this PyTorch ({error}); reinstall with a C++ compiler at hand"
-    return None
-
-
-def _is_one_type(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
-
-
-@cache
-def _why_no_triton() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed (it comes with PyTorch's builds for GPUs)"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "PyTorch sees no GPU (TRITON_INTERPRET=1 runs the kernels, slowly, on a CPU)"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    if name not in table.BACKENDS:
+        raise MLFSError(f"backend {name!r}: expected one of {', '.join(table.BACKENDS)}")
+    reason = table.BACKENDS[name].why_not_here()
+    if reason is not None:
+        raise MLFSError(f"backend {name} is not available: {reason}")

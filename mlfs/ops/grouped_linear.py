@@ -10,18 +10,29 @@ as in `mlfs.ops.sliced_linear`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, in_autocast_type
-from mlfs.ops.layer import LowRankLinear, Wanted
-from mlfs.ops.sliced_linear import linear_backward, of_each_stage, sliced_linear_reference
+from mlfs.ops.autograd import (
+    differentiable,
+    gradients_of_layers,
+    keep_layers,
+    kept_layers,
+    like_trained,
+    no_gradient,
+    wanted_if,
+)
+from mlfs.ops.backend import in_autocast_type, run
+from mlfs.ops.backends.table import implements
+from mlfs.ops.layer import NOTHING, FlatLayers, LowRankLinear, Wanted, flatten, unflatten
+from mlfs.ops.sliced_linear import linear_backward_reference, linear_forward_reference, sliced_linear_reference
 
 __all__ = ["Group", "grouped_sliced_linear", "grouped_sliced_linear_reference"]
-_SPANS = 3  # a group has at most
-_FIELDS = 3 + 2 * _SPANS
+MAX_SPANS = 3  # of a group: query, key and value of a fused projection
+_FIELDS = 3 + 2 * MAX_SPANS
 
 
 @dataclass(frozen=True)
@@ -38,117 +49,137 @@ class Group:
         """Its tokens."""
         return slice(self.first, self.first + self.tokens)
 
-    @property
-    def pieces(self) -> list[tuple[slice, slice]]:
-        """Its spans that are not empty: (columns of y, their place side by side)."""
-        found, place = [], 0
-        for start, length in zip(self.spans[::2], self.spans[1::2], strict=True):
-            if length:
-                found.append((slice(start, start + length), slice(place, place + length)))
-            place += length
-        return found
+    def read_by(self, layer: LowRankLinear) -> LowRankLinear:
+        """The layer at the group's size: with those of the group's spans that are not empty."""
+        pairs = zip(self.spans[::2], self.spans[1::2], strict=True)
+        return layer._replace(spans=[number for pair in pairs if pair[1] for number in pair])
 
 
-def grouped_sliced_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    groups: Sequence[Group],
-) -> Tensor:
-    """The formula in plain, differentiable PyTorch: one sliced product after the other."""
-    y = x.new_zeros(x.shape[0], weight.shape[0])
+def grouped_sliced_linear_reference(x: Tensor, layer: LowRankLinear, groups: Sequence[Group]) -> Tensor:
+    """Computes the formula in plain, differentiable PyTorch: one sliced product after the other."""
+    y = x.new_zeros(x.shape[0], layer.weight.shape[0])
     for group in groups:
-        if group.pieces:
-            part = x[group.rows, : group.n]
-            z = sliced_linear_reference(part, weight, bias, lora_a, lora_b, scales, group.spans)
-            for columns, place in group.pieces:
-                y[group.rows, columns] = z[:, place]
+        own = group.read_by(layer)
+        if own.rows:
+            part = sliced_linear_reference(x[group.rows, : group.n], own)
+            for rows, place in own.places:
+                y[group.rows, rows] = part[:, place]
     return y
 
 
-def grouped_sliced_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[float],
-    groups: Sequence[Group],
-) -> Tensor:
-    """The formula above, with W and b frozen.
+def grouped_sliced_linear(x: Tensor, layer: LowRankLinear, groups: Sequence[Group]) -> Tensor:
+    """Computes the formula above, with W and b frozen.
 
     Args:
         x: (T, N), floating point; under autocast cast to its type.
-        weight, bias, lora_a, lora_b, scales: as in `sliced_linear`.
+        layer: as in `sliced_linear`; its own spans are not read.
         groups: sizes and spans of consecutive tokens; at most three spans each.
+
+    Returns:
+        (T, M) of x's type.
 
     Raises:
         MLFSError: groups that overlap, or lie outside x or W.
     """
-    tokens, (m, n) = x.shape[0], weight.shape
-    end = 0
+    _check_groups(groups, x.shape[0], layer)
+    numbers = [number for group in groups for number in _pack(group)]
+    x = in_autocast_type(x)
+    return _grouped_linear(x, *flatten([layer]), numbers)[0]
+
+
+def _check_groups(groups: Sequence[Group], tokens: int, layer: LowRankLinear) -> None:
+    rows, columns = layer.weight.shape
+    end = 0  # of the tokens of the groups before
     for group in groups:
-        spans = list(zip(group.spans[::2], group.spans[1::2], strict=True))
-        fits = end <= group.first and group.first + group.tokens <= tokens and 0 <= group.n <= n and group.tokens >= 0
-        if not fits or len(spans) > _SPANS or any(a < 0 or k < 0 or a + k > m for a, k in spans):
+        in_order = end <= group.first and group.first + group.tokens <= tokens and group.tokens >= 0
+        pairs = list(zip(group.spans[::2], group.spans[1::2], strict=True))
+        spans_fit = all(start >= 0 and length >= 0 and start + length <= rows for start, length in pairs)
+        if not (in_order and 0 <= group.n <= columns and len(pairs) <= MAX_SPANS and spans_fit):
             raise MLFSError(
-                f"{group}: expected tokens after {end} and within {tokens}, n of at most {n}, and up to {_SPANS} "
-                f"spans of {m} rows"
+                f"{group}: expected tokens after {end} and within {tokens}, n of at most {columns}, and up to "
+                f"{MAX_SPANS} spans of {rows} rows"
             )
         end = group.first + group.tokens
-    x = in_autocast_type(x)
-    packed = [
-        number for g in groups for number in (g.first, g.tokens, g.n, *g.spans, *[0] * (2 * _SPANS - len(g.spans)))
-    ]
-    return _grouped_linear(x, weight, bias, list(lora_a), list(lora_b), list(scales), packed)[0]
+
+
+def _pack(group: Group) -> list[int]:
+    """The group as the same number of numbers for each, which torch.library takes."""
+    padding = [0] * (2 * MAX_SPANS - len(group.spans))
+    return [group.first, group.tokens, group.n, *group.spans, *padding]
 
 
 def _unpack(numbers: list[int]) -> tuple[Group, ...]:
     """The groups that have tokens and spans; what a group without spans holds may be anything."""
-    rows = (numbers[i : i + _FIELDS] for i in range(0, len(numbers), _FIELDS))
-    return tuple(
-        Group(first, tokens, n, tuple(spans)) for first, tokens, n, *spans in rows if tokens and any(spans[1::2])
-    )
+    groups = []
+    for place in range(0, len(numbers), _FIELDS):
+        first, tokens, columns, *spans = numbers[place : place + _FIELDS]
+        if tokens and any(spans[1::2]):
+            groups.append(Group(first, tokens, columns, tuple(spans)))
+    return tuple(groups)
+
+
+# ---- what backends implement -----------------------------------------------------------------------------------------
+
+
+@implements("reference", "grouped_forward")
+def _grouped_forward(x: Tensor, layer: LowRankLinear, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor]:
+    """Computes (y (T, M), h (T, Σ r_s)): h are the stages' c_s · x A_sᵀ side by side, kept for the backward pass."""
+    tokens = x.shape[0]
+    y, h = x.new_zeros(tokens, layer.weight.shape[0]), x.new_zeros(tokens, sum(layer.ranks))
+    for group in groups:
+        own = group.read_by(layer)
+        part, h[group.rows], _ = linear_forward_reference(x[group.rows, : group.n], own, NOTHING, True)
+        for rows, place in own.places:
+            y[group.rows, rows] = part[:, place]
+    return y, h
+
+
+@implements("reference", "grouped_backward")
+def _grouped_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, layer: LowRankLinear, groups: tuple[Group, ...], wanted: Wanted
+) -> tuple[Tensor, list[Tensor]]:
+    """Computes (dx (T, N), or (0, N) where it is not wanted; [dA_s, dB_s, ...] of the stages that train)."""
+    tokens = dy.shape[0] if wanted.dx else 0
+    dx = dy.new_zeros((tokens, wanted.columns))
+    total = [torch.zeros_like(t) for t in like_trained(layer.lora_a, layer.lora_b, wanted.trains)]
+    for group in groups:
+        own = group.read_by(layer)
+        dy_of_group = torch.cat([dy[group.rows, rows] for rows, _ in own.places], 1)
+        x_of_group, h_of_group = x, h
+        if x is not None and h is not None:
+            x_of_group, h_of_group = x[group.rows, : group.n], h[group.rows]
+        wanted_here = Wanted(wanted.trains, wanted.dx, group.n)
+        part, gradients = linear_backward_reference(dy_of_group, x_of_group, h_of_group, own, wanted_here)
+        if wanted.dx:
+            dx[group.rows, : group.n] = part
+        for gradient, summand in zip(total, gradients, strict=True):
+            gradient += summand
+    return dx, total
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mlfs::grouped_sliced_linear", mutates_args=())
 def _grouped_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scales: list[float],
+    spans: list[int],
     groups: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """(y, h): h (T, Σ r_s) are the stages' c_s · x A_sᵀ side by side, kept for the backward pass."""
-    some = _unpack(groups)
-    if backend_of(x) == "triton":
-        from mlfs.kernels import grouped as kernels
-
-        return kernels.forward(x, LowRankLinear(weight, bias, lora_a, lora_b, scales, ()), some)
-    ranks = [a.shape[0] for a in lora_a]
-    y, h = x.new_zeros(x.shape[0], weight.shape[0]), x.new_zeros(x.shape[0], sum(ranks))
-    for group in some:
-        part, mine = x[group.rows, : group.n], h[group.rows].split(ranks, 1)
-        for a, c, out in zip(lora_a, scales, mine, strict=True):
-            out.copy_(part @ a[:, : group.n].to(x.dtype).t()).mul_(c)
-        for rows, _ in group.pieces:
-            z = torch.nn.functional.linear(
-                part, weight[rows, : group.n].to(x.dtype), None if bias is None else bias[rows].to(x.dtype)
-            )
-            for b, out in zip(lora_b, mine, strict=True):
-                z.addmm_(out, b[rows].to(x.dtype).t())
-            y[group.rows, rows] = z
-    return y, h
+    """(y, h): see `_grouped_forward`."""
+    (layer,) = unflatten(weights, biases, lora_a, lora_b, scales, spans)
+    return run("grouped_forward", (x,), x, layer, _unpack(groups))
 
 
 @_grouped_linear.register_fake
-def _(x, weight, bias, lora_a, lora_b, scales, groups):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))
+def _(x, weights, biases, lora_a, lora_b, scales, spans, groups):
+    ranks = sum(stage.shape[0] for stage in lora_a)
+    return x.new_empty(x.shape[0], weights[0].shape[0]), x.new_empty(x.shape[0], ranks)
 
 
 @torch.library.custom_op("mlfs::grouped_sliced_linear_backward", mutates_args=())
@@ -156,67 +187,42 @@ def _grouped_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    weight: Tensor,
+    weights: list[Tensor],
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scales: list[float],
+    spans: list[int],
     groups: list[int],
     trains: list[bool],
     needs_dx: bool,
 ) -> list[Tensor]:
     """[dx (empty unless needed), dA_s and dB_s of each stage s that trains]."""
-    some = _unpack(groups)
-    if backend_of(dy) == "triton":
-        from mlfs.kernels import grouped as kernels
-
-        layer = LowRankLinear(weight, None, lora_a, lora_b, scales, ())
-        dx, gradients = kernels.backward(dy, x, h, layer, some, Wanted(trains, needs_dx, weight.shape[1]))
-        return [dx, *gradients]
-    dx = dy.new_zeros((dy.shape[0] if needs_dx else 0, weight.shape[1]))
-    total = [torch.zeros_like(t) for s, train in enumerate(trains) if train for t in (lora_a[s], lora_b[s])]
-    for group in some:
-        if not group.pieces:
-            continue
-        dz = torch.cat([dy[group.rows, rows] for rows, _ in group.pieces], 1)
-        spans = [number for rows, _ in group.pieces for number in (rows.start, rows.stop - rows.start)]
-        part = None if x is None else x[group.rows, : group.n]
-        mine = None if h is None else h[group.rows]
-        found = linear_backward(dz, part, mine, weight, lora_a, lora_b, scales, spans, trains, needs_dx, group.n)
-        if needs_dx:
-            dx[group.rows, : group.n] = found[0]
-        for sum_, more in zip(total, found[1:], strict=True):
-            sum_ += more
-    return [dx, *total]
+    (layer,) = unflatten(weights, [], lora_a, lora_b, scales, spans)
+    wanted = Wanted(trains, needs_dx, layer.weight.shape[1])
+    dx, gradients = run("grouped_backward", (dy,), dy, x, h, layer, _unpack(groups), wanted)
+    return [dx, *gradients]
 
 
 @_grouped_linear_backward.register_fake
-def _(dy, x, h, weight, lora_a, lora_b, scales, groups, trains, needs_dx):
-    stages = [(a, b) for a, b, train in zip(lora_a, lora_b, trains, strict=True) if train]
-    dx = dy.new_empty(dy.shape[0] if needs_dx else 0, weight.shape[1])
-    return [dx, *(torch.empty_like(t) for pair in stages for t in pair)]
+def _(dy, x, h, weights, lora_a, lora_b, scales, spans, groups, trains, needs_dx):
+    tokens = dy.shape[0] if needs_dx else 0
+    return [dy.new_empty(tokens, weights[0].shape[1]), *like_trained(lora_a, lora_b, trains)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, scales, groups = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.trains = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
-    ctx.scales, ctx.groups, ctx.stages = scales, groups, len(lora_a)
-    ctx.save_for_backward(*([x, output[1]] if any(ctx.trains) else []), weight, *lora_a, *lora_b)
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    x, *layer, groups = inputs
+    ctx.groups = groups
+    keep_layers(ctx, x, FlatLayers(*layer), for_adapters=(x, output[1]))
 
 
-def _backward(ctx, dy, dh):
-    numbers = None if ctx.scales else []  # an empty list of numbers looks like one of tensors to torch.library
-    indices = None if ctx.groups else []
+def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: None) -> tuple[Any, ...]:
+    dy, of_groups = of_outputs[0], no_gradient(ctx.groups)
     if dy is None:
-        return None, None, None, [None] * ctx.stages, [None] * ctx.stages, numbers, indices
-    saved = list(ctx.saved_tensors)
-    x, h = (saved.pop(0), saved.pop(0)) if any(ctx.trains) else (None, None)
-    weight, lora_a, lora_b = saved[0], saved[1 : 1 + ctx.stages], saved[1 + ctx.stages :]
+        return None, *gradients_of_layers(ctx, None), of_groups
     needs_dx = ctx.needs_input_grad[0]
-    out = _grouped_linear_backward(dy, x, h, weight, lora_a, lora_b, ctx.scales, ctx.groups, ctx.trains, needs_dx)
-    da, db = of_each_stage(ctx.trains, out[1:])
-    return out[0] if needs_dx else None, None, None, da, db, numbers, indices
+    (x, h), layers = kept_layers(ctx)
+    dx, *of_stages = _grouped_linear_backward(dy, x, h, *layers, ctx.groups, ctx.trains, needs_dx)
+    return wanted_if(needs_dx, dx), *gradients_of_layers(ctx, of_stages), of_groups
 
 
-_grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_grouped_linear, _keep, _gradients, results=lambda inputs: 1)

@@ -17,13 +17,21 @@ logits are, in the forward pass:
 and turned into dx at once, so that nothing is computed again in the backward pass. This is why α is an argument and
 only `loss` has a gradient: two losses to weigh afterwards would take two dz and two products. dz is not scaled by the
 number of rows, or it would be lost in half precision; the scale, one number, is that of the gradient coming in.
+
+In code z is `logits` and u `of_teacher`.
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, cpp, in_autocast_type
+from mlfs.ops.autograd import differentiable, flat_rows
+from mlfs.ops.backend import backend_of, in_autocast_type, run
+from mlfs.ops.backends.table import implements
 from mlfs.ops.distill import divergence
 
 IGNORED = -100  # the label of rows that do not count
@@ -31,6 +39,28 @@ IGNORED = -100  # the label of rows that do not count
 CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20, "cpp": 32 << 20}
 
 __all__ = ["IGNORED", "head_loss", "head_loss_reference"]
+
+
+class Shares(NamedTuple):
+    """What the loss is made of: α, the share of the divergence; T; and ε, the label smoothing."""
+
+    alpha: float
+    temperature: float
+    smoothing: float
+
+
+class Head(NamedTuple):
+    """The head: W (V, N) and b (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """The head in a type; itself where it has that."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(dtype)
+        return Head(self.weight.to(dtype), bias)
 
 
 def head_loss_reference(
@@ -43,21 +73,23 @@ def head_loss_reference(
     temperature: float = 1.0,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, task, divergence) of the formula in plain PyTorch, all logits at once, differentiable."""
+    """Computes (loss, task, divergence) of the formula in plain PyTorch, all logits at once, differentiable."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    head = Head(weight, bias).cast(x.dtype)
     kept = labels.ne(IGNORED)
 
-    def logits(h: Tensor) -> Tensor:
-        b = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(h.to(x.dtype), weight[:, : h.shape[-1]].to(x.dtype), b)[kept].to(wide)
+    def logits_of(rows: Tensor) -> Tensor:
+        columns = rows.shape[-1]
+        return linear(rows.to(x.dtype), head.weight[:, :columns], head.bias)[kept].to(wide)  # (rows that count, V)
 
-    z = logits(x)
-    log_q = torch.log_softmax(z, dim=-1)
-    hard = -log_q.gather(1, labels[kept].unsqueeze(1)).sum()
-    task = hard if smoothing == 0 else (1 - smoothing) * hard - smoothing * log_q.mean(-1).sum()
+    logits = logits_of(x)
+    log_q = torch.log_softmax(logits, dim=-1)
+    task = -log_q.gather(1, labels[kept].unsqueeze(1)).sum()
+    if smoothing != 0:
+        task = (1 - smoothing) * task - smoothing * log_q.mean(-1).sum()
     if teacher is None:
         return task, task, torch.zeros_like(task)
-    distance = divergence(z, logits(teacher.detach()), None, temperature) * z.shape[0]
+    distance = divergence(logits, logits_of(teacher.detach()), None, temperature) * logits.shape[0]
     return (1 - alpha) * task + alpha * distance, task, distance
 
 
@@ -71,7 +103,7 @@ def head_loss(
     temperature: float = 1.0,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, task, divergence) of the formula above: float32 (or float64) scalars; loss has a gradient, in x.
+    """Computes (loss, task, divergence) of the formula above: float32 (or float64) scalars; loss has a gradient, in x.
 
     Args:
         x: (..., n), floating point; logits are made in its type. Under autocast it is cast to the autocast type.
@@ -84,17 +116,65 @@ def head_loss(
     Raises:
         MLFSError: shapes that do not fit together.
     """
-    rows, columns = x.shape[:-1], weight.shape[1]
-    fits = labels.shape == rows and x.shape[-1] <= columns and (teacher is None or teacher.shape == (*rows, columns))
-    if not fits:
+    leading, columns = x.shape[:-1], weight.shape[1]
+    teacher_fits = teacher is None or teacher.shape == (*leading, columns)
+    if labels.shape != leading or x.shape[-1] > columns or not teacher_fits:
         shapes = [tuple(t.shape) for t in (x, weight, labels)]
+        of_teacher = None if teacher is None else tuple(teacher.shape)
         raise MLFSError(
-            f"x, weight and labels of {shapes[0]}, {shapes[1]}, {shapes[2]}, teacher of "
-            f"{None if teacher is None else tuple(teacher.shape)}: expected (..., n), (V, N), (...) and (..., N), n ≤ N"
+            f"x, weight and labels of {shapes[0]}, {shapes[1]}, {shapes[2]}, teacher of {of_teacher}: expected "
+            "(..., n), (V, N), (...) and (..., N), n ≤ N"
         )
     x = in_autocast_type(x)
     keep = torch.is_grad_enabled() and x.requires_grad
     return _head_loss(x, weight, bias, labels, teacher, alpha, temperature, smoothing, keep)[:3]
+
+
+# ---- what backends implement -----------------------------------------------------------------------------------------
+
+
+@implements("reference", "rows_that_count")
+def _rows_that_count(labels: Tensor) -> Tensor | None:
+    """Finds the places of the rows whose label is not ignored; None where `head_rows` skips the others."""
+    return labels.ne(IGNORED).nonzero().squeeze(1)
+
+
+@implements("reference", "product")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Writes x · Wᵀ + b to out, which has the type of W and b."""
+    x, weight = x.to(out.dtype), weight.t()
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(bias, x, weight, out=out)
+
+
+@implements("reference", "head_rows")
+def _head_rows(
+    logits: Tensor, of_teacher: Tensor | None, labels: Tensor, sums: Tensor, shares: Shares, keep: bool
+) -> None:
+    """Writes task and divergence of each row of logits (rows, V) to sums (2, rows), and with `keep` dz over them; no
+    label is to be ignored. of_teacher: the teacher's logits (rows, V)."""
+    alpha, temperature, smoothing = shares
+    log_q, labels = torch.log_softmax(logits.to(sums.dtype), dim=-1), labels.unsqueeze(1)
+    sums[0] = (smoothing - 1) * log_q.gather(1, labels).squeeze(1) - smoothing * log_q.mean(-1)
+    slope = None
+    if keep:
+        slope = log_q.exp().sub_(smoothing / logits.shape[1])
+        slope.scatter_add_(1, labels, slope.new_full(labels.shape, smoothing - 1))
+    if of_teacher is not None:
+        log_r = log_q
+        if temperature != 1:
+            log_r = torch.log_softmax(logits.to(sums.dtype) / temperature, dim=-1)
+        log_p = torch.log_softmax(of_teacher.to(sums.dtype) / temperature, dim=-1)
+        p = log_p.exp()
+        sums[1] = temperature**2 * log_p.sub_(log_r).mul_(p).sum(-1)
+        if slope is not None:
+            slope.mul_(1 - alpha).add_(log_r.exp().sub_(p), alpha=alpha * temperature)
+    if slope is not None:
+        logits.copy_(slope)
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mlfs::head_loss", mutates_args=())
@@ -110,121 +190,85 @@ def _head_loss(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, task, divergence, dx): dx (..., n) is the gradient of loss, empty without `keep`."""
-    n, backend = x.shape[-1], backend_of(x)
-    h, labels = x.reshape(-1, n), labels.reshape(-1)
-    goal = None if teacher is None else teacher.reshape(-1, weight.shape[1])
-    kept = None
-    if backend != "triton":  # only rows that count; how many these are would keep a GPU's host waiting
-        kept = labels.ne(IGNORED).nonzero().squeeze(1)
-        h, goal, labels = h[kept], None if goal is None else goal[kept], labels[kept]
-    sums, dx = _in_chunks(h, weight, bias, labels, goal, alpha, temperature, smoothing, keep, backend)
+    shares, head = Shares(alpha, temperature, smoothing), Head(weight, bias)
+    rows, labels, teacher = flat_rows(x), labels.reshape(-1), flat_rows(teacher)
+    counting = run("rows_that_count", (x,), labels)
+    if counting is not None:
+        rows, labels = rows[counting], labels[counting]
+        if teacher is not None:
+            teacher = teacher[counting]
+    sums, dx = _in_chunks(rows, head, labels, teacher, shares, keep)
     task, distance = sums[0].sum(), sums[1].sum()
-    loss = task.clone() if teacher is None else (1 - alpha) * task + alpha * distance
-    if keep and kept is not None:
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format).view(-1, n).index_copy_(0, kept, dx)
-    return loss, task, distance, dx.view(x.shape) if keep else dx
+    loss = task.clone()
+    if teacher is not None:
+        loss = (1 - alpha) * task + alpha * distance
+    if keep and counting is not None:  # rows that do not count have no gradient
+        whole = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        dx = flat_rows(whole).index_copy_(0, counting, dx)
+    if keep:
+        dx = dx.view(x.shape)
+    return loss, task, distance, dx
 
 
 @_head_loss.register_fake
 def _(x, weight, bias, labels, teacher, alpha, temperature, smoothing, keep):
-    kind = torch.promote_types(x.dtype, torch.float32)
-    scalars = (x.new_empty((), dtype=kind) for _ in range(3))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    scalars = (x.new_empty((), dtype=dtype) for _ in range(3))
     return *scalars, x.new_empty(x.shape if keep else 0)
 
 
 def _in_chunks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    teacher: Tensor | None,
-    alpha: float,
-    temperature: float,
-    smoothing: float,
-    keep: bool,
-    backend: str,
+    x: Tensor, head: Head, labels: Tensor, teacher: Tensor | None, shares: Shares, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """((2, T): task and divergence of each row, dx (T, n) or empty) of 2-d x and teacher."""
-    tokens, n, vocabulary = *x.shape, weight.shape[0]
+    """((2, T): task and divergence of each row, dx (T, n) or empty) of x (T, n) and teacher (T, N)."""
+    tokens, columns = x.shape
+    vocabulary = head.weight.shape[0]
     sums = x.new_zeros((2, tokens), dtype=torch.promote_types(x.dtype, torch.float32))
-    dx = x.new_empty((tokens, n) if keep else 0)
+    dx = x.new_empty((tokens, columns) if keep else 0)
     if tokens == 0:
         return sums, dx
-    whole = (weight if teacher is not None else weight[:, :n]).to(x.dtype)
-    w, b = whole[:, :n], None if bias is None else bias.to(x.dtype)
+    if teacher is None:  # which alone reads all columns
+        head = Head(head.weight[:, :columns], head.bias)
+    head = head.cast(x.dtype)
+    of_student = Head(head.weight[:, :columns], head.bias)
     stride = -(-vocabulary // 64) * 64  # an odd vocabulary's rows, too, start and end at whole cache lines
-    size = _rows_of_chunk(tokens, stride * x.dtype.itemsize, CHUNK_BYTES[backend])
-    mine, other = (x.new_empty((size if used else 0, stride)) for used in (True, teacher is not None))
-    if backend == "triton":
-        from mlfs.kernels.distill import head_rows
-    else:
-        head_rows = cpp().head_rows if backend == "cpp" else _head_rows
+    chunk_bytes = CHUNK_BYTES.get(backend_of(x), CHUNK_BYTES["reference"])
+    size = _rows_of_chunk(tokens, stride * x.dtype.itemsize, chunk_bytes)
+    space = x.new_empty((size, stride))  # for the logits of one chunk after the other
+    teacher_space = x.new_empty((0 if teacher is None else size, stride))
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         count = rows.stop - start
-        z = _product(x[rows], w, b, mine[:count, :vocabulary], backend)
-        u = None if teacher is None else _product(teacher[rows], whole, b, other[:count, :vocabulary], backend)
-        head_rows(z, u, labels[rows], sums[:, rows], alpha, temperature, smoothing, keep)
-        if keep:
-            _product(z, w.t(), None, dx[rows], backend)
+        logits = run("product", (x,), x[rows], *of_student, space[:count, :vocabulary])
+        of_teacher = None
+        if teacher is not None:
+            of_teacher = run("product", (x,), teacher[rows], *head, teacher_space[:count, :vocabulary])
+        run("head_rows", (x,), logits, of_teacher, labels[rows], sums[:, rows], shares, keep)
+        if keep:  # logits are their own gradient now
+            run("product", (x,), logits, of_student.weight.t(), None, dx[rows])
     return sums, dx
 
 
 def _rows_of_chunk(tokens: int, row_bytes: int, limit: int) -> int:
-    """Rows of one chunk: chunks are alike, and as large as the limit allows."""
+    """Finds how many rows a chunk has: chunks are alike, and as large as the limit allows."""
     most = max(limit // row_bytes, 1)
-    most -= most % 64 if most > 64 else 0
-    return -(-tokens // -(-tokens // most))
+    if most > 64:
+        most -= most % 64
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks)
 
 
-def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor, backend: str) -> Tensor:
-    """x · wᵀ + b, written to out, which has their type."""
-    if backend == "cpp":
-        return cpp().product(x.to(out.dtype), w, b, out)
-    x, w = x.to(out.dtype), w.t()
-    return torch.mm(x, w, out=out) if b is None else torch.addmm(b, x, w, out=out)
-
-
-def _head_rows(
-    z: Tensor,
-    u: Tensor | None,
-    labels: Tensor,
-    sums: Tensor,
-    alpha: float,
-    temperature: float,
-    smoothing: float,
-    keep: bool,
-) -> None:
-    """Writes task and divergence of each row of logits to sums (2, rows), and with `keep` dz over z; no label is to be
-    ignored. u: the teacher's logits."""
-    log_q, labels = torch.log_softmax(z.to(sums.dtype), dim=-1), labels.unsqueeze(1)
-    sums[0] = (smoothing - 1) * log_q.gather(1, labels).squeeze(1) - smoothing * log_q.mean(-1)
-    dz = None
-    if keep:
-        dz = log_q.exp().sub_(smoothing / z.shape[1])
-        dz.scatter_add_(1, labels, dz.new_full(labels.shape, smoothing - 1))
-    if u is not None:
-        log_r = log_q if temperature == 1 else torch.log_softmax(z.to(sums.dtype) / temperature, dim=-1)
-        log_p = torch.log_softmax(u.to(sums.dtype) / temperature, dim=-1)
-        p = log_p.exp()
-        sums[1] = temperature**2 * log_p.sub_(log_r).mul_(p).sum(-1)
-        if dz is not None:
-            dz.mul_(1 - alpha).add_(log_r.exp().sub_(p), alpha=alpha * temperature)
-    if dz is not None:
-        z.copy_(dz)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _, task, distance, dx = output
-    ctx.mark_non_differentiable(task, distance, dx)
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx)
+    ctx.save_for_backward(output[3])
 
 
-def _backward(ctx, d_loss, d_task, d_distance, d_dx):
+def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: None) -> tuple[Any, ...]:
     (dx,) = ctx.saved_tensors
-    gradient = None if d_loss is None or not ctx.needs_input_grad[0] else dx * d_loss
-    return gradient, None, None, None, None, None, None, None, None
+    d_loss = of_outputs[0]
+    if d_loss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 9
+    return dx * d_loss, *[None] * 8
 
 
-_head_loss.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_head_loss, _keep, _gradients, results=lambda inputs: 1)

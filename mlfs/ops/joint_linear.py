@@ -9,58 +9,64 @@ accumulator of one product; separate calls write every summand and add them up i
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import backend_of, cpp, in_autocast_type
-from mlfs.ops.layer import LowRankLinear, Wanted
-from mlfs.ops.sliced_linear import (
-    ACTIVATIONS,
-    _sliced_linear,
-    _sliced_linear_backward,
-    of_each_stage,
-    sliced_linear_reference,
+from mlfs.ops.autograd import (
+    differentiable,
+    flat_rows,
+    gradients_of_layers,
+    keep_layers,
+    kept_layers,
+    like_trained,
+    wanted_if,
 )
+from mlfs.ops.backend import in_autocast_type, run
+from mlfs.ops.backends.table import implements
+from mlfs.ops.layer import NOTHING, Epilogue, FlatLayers, LowRankLinear, Wanted, flatten, unflatten
+from mlfs.ops.sliced_linear import activation_backward, linear_backward, linear_forward, sliced_linear_reference
 
-__all__ = ["Projection", "joint_linear", "joint_linear_reference", "may_join"]
-
-
-class Projection(NamedTuple):
-    """One of the layers: W (M, N), b (M,) or None; of each stage A (r, N), B (M, r) and c; how many rows it has now."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    scales: list[float]
-    rows: int
+__all__ = ["joint_linear", "joint_linear_reference", "may_join"]
 
 
-def joint_linear_reference(x: Tensor, layers: Sequence[Projection], gated: bool = False) -> list[Tensor]:
-    """The formula in plain, differentiable PyTorch."""
-    ys = [sliced_linear_reference(x, *layer[:5], [0, layer.rows]) for layer in layers]
-    return [torch.nn.functional.silu(ys[0]) * ys[1]] if gated else ys
+def joint_linear_reference(x: Tensor, layers: Sequence[LowRankLinear], gated: bool = False) -> list[Tensor]:
+    """Computes the formula in plain, differentiable PyTorch."""
+    ys = [sliced_linear_reference(x, layer) for layer in layers]
+    if gated:
+        return [torch.nn.functional.silu(ys[0]) * ys[1]]
+    return ys
 
 
-def may_join(layers: Sequence[Projection]) -> bool:
-    """Whether `joint_linear` is for them: two or three, alike in their stages, in having biases and in their types."""
-    kinds = {
-        (
-            tuple(a.shape for a in p.lora_a), tuple(b.shape[1] for b in p.lora_b),
-            tuple(None if t is None else t.dtype for t in (p.weight, p.bias, *p.lora_b)),
-        )
-        for p in layers
-    }  # fmt: skip
-    return 2 <= len(layers) <= 3 and len(kinds) == 1 and len({a.shape for p in layers for a in p.lora_a}) <= 1
+def may_join(layers: Sequence[LowRankLinear]) -> bool:
+    """Says whether `joint_linear` is for layers.
+
+    They are two or three that read leading rows, alike in their stages, in having biases and in their types.
+    """
+    if not 2 <= len(layers) <= 3 or not all(reads_leading_rows(layer) for layer in layers):
+        return False
+    shapes_of_a = {lora_a.shape for layer in layers for lora_a in layer.lora_a}
+    return len({_likeness(layer) for layer in layers}) == 1 and len(shapes_of_a) <= 1
+
+
+def reads_leading_rows(layer: LowRankLinear) -> bool:
+    """Says whether the layer reads one span of rows, from the first on."""
+    return len(layer.spans) == 2 and layer.spans[0] == 0
+
+
+def _likeness(layer: LowRankLinear) -> tuple[Any, ...]:
+    """What layers have to share to run in one launch."""
+    ranks = tuple(lora_b.shape[1] for lora_b in layer.lora_b)
+    dtypes = tuple(None if t is None else t.dtype for t in (layer.weight, layer.bias, *layer.lora_b))
+    return len(layer.lora_a), ranks, dtypes
 
 
 def joint_linear(
-    x: Tensor, layers: Sequence[Projection], gated: bool = False, returns_input: bool = False
+    x: Tensor, layers: Sequence[LowRankLinear], gated: bool = False, returns_input: bool = False
 ) -> list[Tensor]:
-    """The formula above, with W and b frozen: [y_0, y_1, ...], or, gated, [y]; and x, if it `returns_input`.
+    """Computes the formula above, with W and b frozen.
 
     Args:
         x: (..., n), floating point; under autocast cast to its type.
@@ -68,26 +74,114 @@ def joint_linear(
         returns_input: also return x, for what else reads it: the gradient that comes back through it is added by the
             product that makes dx. Not with gated layers.
 
+    Returns:
+        [y_0, y_1, ...], or, gated, [y]; and x, if it `returns_input`.
+
     Raises:
         MLFSError: layers that cannot go together.
     """
-    alike = len(layers) == 2 and layers[0].rows == layers[1].rows and not returns_input
-    if not may_join(layers) or (gated and not alike):
+    may_gate = len(layers) == 2 and layers[0].rows == layers[1].rows and not returns_input
+    if not may_join(layers) or (gated and not may_gate):
         raise MLFSError(
             f"{len(layers)} layers of {', '.join(str(layer.rows) for layer in layers)} rows: expected two or three "
             "with the same number of stages, of one rank and type, and all with a bias or none; gated, two of one "
             "size, and x is not carried on"
         )
     given, x = x, in_autocast_type(x)
-    lora_a, lora_b = [a for layer in layers for a in layer.lora_a], [b for layer in layers for b in layer.lora_b]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_a, *lora_b))
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    scales, rows = [c for layer in layers for c in layer.scales], [layer.rows for layer in layers]
-    weights = [p.weight for p in layers]
+    flat = flatten(layers)
+    leaves = (x, *flat.lora_a, *flat.lora_b)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
     if returns_input and keep and x is given:
-        return list(_Carrying.apply(x, weights, biases, scales, rows, len(lora_a), *lora_a, *lora_b))
-    out = _joint_linear(x, weights, biases, lora_a, lora_b, scales, rows, gated, keep)
-    return [out[0]] if gated else [*out[: len(layers)], *([given] if returns_input else [])]
+        return list(_joint_linear_returning_input(x, *flat, gated, keep))
+    outputs = _joint_linear(x, *flat, gated, keep)
+    ys = list(outputs[: _results((x, *flat, gated, keep))])
+    return [*ys, given] if returns_input else ys
+
+
+# ---- what backends implement, on 2-d tensors -------------------------------------------------------------------------
+
+
+def joint_forward(
+    x: Tensor, layers: Sequence[LowRankLinear], gated: bool, keep: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Computes the formula for x (T, n), by the backend for x.
+
+    Returns:
+        ([y_i (T, m_i)], h (T, R), pre (T, m_0)): h are the c · x Aᵀ of all stages of all layers side by side. Gated,
+        y_0 = SiLU(pre) · y_1. h and pre are for the backward pass; without `keep` they are not to be read, nor is,
+        gated, y_1; pre is empty unless gated.
+    """
+    return run("joint_forward", (x,), x, layers, gated, keep)
+
+
+@implements("reference", "joint_forward")
+def _joint_forward(
+    x: Tensor, layers: Sequence[LowRankLinear], gated: bool, keep: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    # One after the other, the first one last: gated, it reads what the second makes.
+    others = [linear_forward(x, layer, NOTHING, keep) for layer in layers[1:]]
+    epilogue = NOTHING
+    if gated:
+        epilogue = Epilogue("silu_mul", operand=others[0][0])
+    first = linear_forward(x, layers[0], epilogue, keep)
+    ys = [y for y, _, _ in (first, *others)]
+    h = x.new_empty(0)
+    if keep:
+        h = torch.cat([h_of_layer for _, h_of_layer, _ in (first, *others)], 1)
+    return ys, h, first[2]
+
+
+def joint_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    layers: Sequence[LowRankLinear],
+    wanted: Wanted,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Computes the gradients of the linear part, by the backend for these tensors.
+
+    Args:
+        dys: of each layer (T, m_i). x (T, n), h (T, R): of the forward pass; None where no stage trains.
+        wanted: with the stages of all layers, one layer after the other.
+        residual: (T, n), added to dx.
+
+    Returns:
+        (dx (T, n), or (0, n) where it is not wanted; [dA, dB, ...] of the stages that train).
+    """
+    tensors = [t for layer in layers for t in layer.tensors]
+    return run("joint_backward", (dys[0], *tensors), dys, x, h, layers, wanted, residual)
+
+
+@implements("reference", "joint_backward")
+def _joint_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    layers: Sequence[LowRankLinear],
+    wanted: Wanted,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    stages = len(wanted.trains) // len(layers)
+    tokens = dys[0].shape[0] if wanted.dx else 0
+    dx = dys[0].new_zeros((tokens, wanted.columns))
+    gradients: list[Tensor] = []
+    rank = 0  # of all layers' side by side, the first of this layer
+    for i, (dy, layer) in enumerate(zip(dys, layers, strict=True)):
+        h_of_layer = h
+        if h is not None:
+            h_of_layer = h[:, rank : rank + sum(layer.ranks)]
+        rank += sum(layer.ranks)
+        own = Wanted(wanted.trains[i * stages : (i + 1) * stages], wanted.dx, wanted.columns)
+        summand, of_stages = linear_backward(dy, x, h_of_layer, layer, own)
+        dx = dx + summand
+        gradients += of_stages
+    if residual is not None:
+        dx = dx + residual
+    return dx, gradients
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mlfs::joint_linear", mutates_args=())
@@ -98,43 +192,44 @@ def _joint_linear(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scales: list[float],
-    rows: list[int],
+    spans: list[int],
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y_0, y_1, y_2, h, z): y_2 is empty for two layers; h (T, R) are the c · x Aᵀ of all stages of all layers side by
-    side. Gated, y_0 = SiLU(z) · y_1. h and z, and gated y_1, are for the backward pass; without `keep` they are empty.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    if backend_of(x) == "triton" and _takes_kernels(flat.shape[0], keep):
-        from mlfs.kernels import joint as kernels
-
-        layers = _layers(weights, biases, lora_a, lora_b, scales, rows)
-        ys, h, z = kernels.forward(flat, layers, gated, keep)
-    else:
-        hs: list[Tensor] = []
-        ys, z = [], flat.new_empty(0)
-        for i, stages in reversed(list(enumerate(_stages_of_each(len(weights), lora_a, lora_b, scales)))):
-            gate = ("silu_mul", ys[0]) if gated and i == 0 else ("none", None)
-            layer = (weights[i], biases[i] if biases else None, *stages, [0, rows[i]], *gate, None, keep)
-            y, h, z = _sliced_linear(flat, *layer)
-            ys, hs = [y, *ys], [h, *hs]
-        h = torch.cat(hs, 1) if keep else z.new_empty(0)
+    """(y_0, y_1, y_2, h, pre): see `joint_forward`; y_2 is empty for two layers, as are h, pre and, gated, y_1 without
+    `keep`."""
+    layers = unflatten(weights, biases, lora_a, lora_b, scales, spans)
+    ys, h, pre = joint_forward(flat_rows(x), layers, gated, keep)
     shown = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     if gated and not keep:
         shown[1] = x.new_empty(0)
-    third = shown[2] if len(shown) > 2 else x.new_empty(0)
-    return shown[0], shown[1], third, h if keep else x.new_empty(0), z
+    if len(layers) == 2:
+        shown.append(x.new_empty(0))
+    if not keep:
+        h = x.new_empty(0)
+    return shown[0], shown[1], shown[2], h, pre
 
 
 @_joint_linear.register_fake
-def _(x, weights, biases, lora_a, lora_b, scales, rows, gated, keep):
-    tokens = x.shape[:-1].numel()
-    ys = [x.new_empty((*x.shape[:-1], m)) for m in rows]
+def _(x, weights, biases, lora_a, lora_b, scales, spans, gated, keep):
+    tokens, rows = x.shape[:-1].numel(), spans[1::2]
+    ys = [x.new_empty((*x.shape[:-1], size)) for size in rows]
     if gated and not keep:
         ys[1] = x.new_empty(0)
-    h = x.new_empty((tokens, sum(a.shape[0] for a in lora_a)) if keep else 0)
-    return *ys, *([] if len(ys) > 2 else [x.new_empty(0)]), h, x.new_empty((tokens, rows[0]) if gated and keep else 0)
+    if len(ys) == 2:
+        ys.append(x.new_empty(0))
+    h, pre = x.new_empty(0), x.new_empty(0)
+    if keep:
+        h = x.new_empty((tokens, sum(stage.shape[0] for stage in lora_a)))
+    if gated and keep:
+        pre = x.new_empty((tokens, rows[0]))
+    return *ys, h, pre
+
+
+def _results(inputs: Sequence[Any]) -> int:
+    """Of the operator's outputs, how many are results."""
+    _, weights, *_, gated, _ = inputs
+    return 1 if gated else len(weights)
 
 
 @torch.library.custom_op("mlfs::joint_linear_backward", mutates_args=())
@@ -142,161 +237,66 @@ def _joint_linear_backward(
     dys: list[Tensor],
     x: Tensor | None,
     h: Tensor | None,
+    pre: Tensor | None,
+    operand: Tensor | None,
+    residual: Tensor | None,
     weights: list[Tensor],
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scales: list[float],
+    spans: list[int],
     trains: list[bool],
     needs_dx: bool,
     columns: int,
-    z: Tensor | None,
-    up: Tensor | None,
-    residual: Tensor | None,
 ) -> list[Tensor]:
-    """[dx (empty unless needed), dA and dB of each stage that trains], from the dy of each layer; gated, from dy, z and
-    `up`, which is y_1. `residual`, of x's shape, is added to dx."""
-    leading, grads = dys[0].shape[:-1], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    flat = None if x is None else x.reshape(-1, columns)
-    added = None if residual is None or not needs_dx else residual.reshape(-1, columns)
-    backend = backend_of(dys[0], *weights, *lora_a, *lora_b, z, up)
-    if backend == "triton":
-        from mlfs.kernels import joint as kernels
-        from mlfs.kernels.product import activation_backward
-
-        if z is not None and up is not None:
-            dz, d_up = activation_backward(grads[0], z, up.reshape(z.shape), "silu_mul")
-            grads = [dz, d_up if d_up is not None else dz]
-        rows = [dy.shape[1] for dy in grads]
-        given = _layers(weights, [], lora_a, lora_b, scales, rows)
-        dx, gradients = kernels.backward(grads, flat, h, given, Wanted(trains, needs_dx, columns), added)
-        return [dx.view(*leading, columns) if needs_dx else dx, *gradients]
-    stages = _stages_of_each(len(weights), lora_a, lora_b, scales)
-    count, width = len(lora_a) // len(weights), sum(a.shape[0] for a in stages[0][0])
-    hs = [None if h is None else h[:, i * width : (i + 1) * width] for i in range(len(weights))]
-    if backend == "cpp":
-        if z is not None and up is not None:
-            grads = list(cpp().activation_backward(grads[0], z, up.reshape(z.shape), ACTIVATIONS.index("silu_mul")))
-        layers = [(w, None, *mine, [0, dy.shape[1]]) for w, mine, dy in zip(weights, stages, grads, strict=True)]
-        own = [trains[i * count : (i + 1) * count] for i in range(len(weights))]
-        dx, of_layers = cpp().linear_backward(grads, flat, hs, layers, own, needs_dx, columns)
-        dx = dx if added is None else dx.add_(added)
-        return [dx.view(*leading, columns) if needs_dx else dx, *(g for mine in of_layers for g in mine)]
-    if z is not None and up is not None:
-        other, wide = up.reshape(z.shape), grads[0]
-        grads = [torch.ops.aten.silu_backward(wide * other, z), wide * torch.nn.functional.silu(z)]
-    total, gradients = dys[0].new_zeros((grads[0].shape[0] if needs_dx else 0, columns)), []
-    for i, (a, b, c) in enumerate(stages):
-        own_trains = trains[i * count : (i + 1) * count]
-        spans = [0, grads[i].shape[1]]
-        dx, _, *more = _sliced_linear_backward(
-            grads[i], flat, hs[i], weights[i], a, b, c, spans, own_trains, needs_dx, columns, "none", None, None
-        )
-        total, gradients = total + dx, gradients + more
-    total = total if added is None else total + added
-    return [total.view(*leading, columns) if needs_dx else total, *gradients]
+    """[dx (empty unless needed), dA and dB of each stage that trains], from the dy of each layer; gated, from dy, pre
+    and `operand`, which is y_1. `residual`, of x's shape, is added to dx."""
+    layers = unflatten(weights, [], lora_a, lora_b, scales, spans)
+    leading = dys[0].shape[:-1]
+    d_pres = [flat_rows(dy) for dy in dys]
+    if pre is not None and operand is not None:
+        d_pre, d_operand = activation_backward(d_pres[0], pre, operand.reshape(pre.shape), "silu_mul")
+        assert d_operand is not None
+        d_pres = [d_pre, d_operand]
+    added = flat_rows(residual) if needs_dx else None
+    wanted = Wanted(trains, needs_dx, columns)
+    dx, gradients = joint_backward(d_pres, flat_rows(x), h, layers, wanted, added)
+    if needs_dx:
+        dx = dx.view(*leading, columns)
+    return [dx, *gradients]
 
 
 @_joint_linear_backward.register_fake
-def _(dys, x, h, weights, lora_a, lora_b, scales, trains, needs_dx, columns, z, up, residual):
+def _(
+    dys, x, h, pre, operand, residual, weights, lora_a, lora_b, scales, spans, trains, needs_dx, columns
+):  # fmt: skip
     dx = dys[0].new_empty((*dys[0].shape[:-1], columns) if needs_dx else (0, columns))
-    stages = [(a, b) for a, b, train in zip(lora_a, lora_b, trains, strict=True) if train]
-    return [dx, *(torch.empty_like(t) for pair in stages for t in pair)]
+    return [dx, *like_trained(lora_a, lora_b, trains)]
 
 
-def _takes_kernels(tokens: int, keep: bool) -> bool:
-    """Few tokens, as in decoding, have kernels of their own, layer by layer."""
-    from mlfs.kernels import decode
-
-    return keep or tokens > decode.MAX_TOKENS
-
-
-def _layers(
-    weights: list[Tensor],
-    biases: list[Tensor],
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    scales: list[float],
-    rows: list[int],
-) -> list[LowRankLinear]:
-    stages = _stages_of_each(len(weights), lora_a, lora_b, scales)
-    return [
-        LowRankLinear(weight, biases[i] if biases else None, *stages[i], [0, rows[i]])
-        for i, weight in enumerate(weights)
-    ]
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    x, *layers, gated, _ = inputs
+    *ys, h, pre = output
+    ctx.shapes = [y.shape for y in ys[: _results(inputs)]]
+    others = (pre, ys[1]) if gated else (None, None)
+    keep_layers(ctx, x, FlatLayers(*layers), for_adapters=(x, h), others=others)
 
 
-def _stages_of_each(
-    layers: int, lora_a: list[Tensor], lora_b: list[Tensor], scales: list[float]
-) -> list[tuple[list[Tensor], list[Tensor], list[float]]]:
-    count = len(lora_a) // layers
-    parts = [slice(i * count, (i + 1) * count) for i in range(layers)]
-    return [(lora_a[part], lora_b[part], scales[part]) for part in parts]
-
-
-def _keep(ctx, inputs, output) -> None:
-    x, weights, biases, lora_a, lora_b, ctx.scales, rows, ctx.gated, _ = inputs
-    y, up, third, h, z = output
-    ctx.set_materialize_grads(False)
-    ctx.trains = [a.requires_grad or b.requires_grad for a, b in zip(lora_a, lora_b, strict=True)]
-    ctx.layers, ctx.stages, ctx.biases = len(weights), len(lora_a), len(biases)
-    ctx.columns, ctx.kind = x.shape[-1], x.dtype
-    ctx.shapes = [t.shape for t in (y, up, third)[: len(rows)]]
-    kept = [x, h] if any(ctx.trains) else []
-    kept += [z, up] if ctx.gated else []
-    ctx.save_for_backward(*kept, *weights, *lora_a, *lora_b)
-
-
-def _gradients(
-    ctx, given: Sequence[Tensor | None], more: Tensor | None
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """(dx, dA of each stage, dB of each) from the gradients of the layers' outputs and of the x that is carried on."""
+def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: Tensor | None) -> tuple[Any, ...]:
+    given = of_outputs[: len(ctx.shapes)]
     some = next((dy for dy in given if dy is not None), None)
-    if some is None:
-        nothing: list[Tensor | None] = [None] * ctx.stages
-        return more, nothing, nothing
-    saved = list(ctx.saved_tensors)
-    x, h = (saved.pop(0), saved.pop(0)) if any(ctx.trains) else (None, None)
-    z, up = (saved.pop(0), saved.pop(0)) if ctx.gated else (None, None)
-    dys = [
-        (some.new_zeros(shape) if dy is None else dy).to(ctx.kind) for dy, shape in zip(given, ctx.shapes, strict=False)
-    ]
-    ends = ctx.layers, ctx.layers + ctx.stages
-    weights, lora_a, lora_b = saved[: ends[0]], saved[ends[0] : ends[1]], saved[ends[1] :]
+    if some is None:  # nothing comes back through the layers
+        return of_input, *gradients_of_layers(ctx, None), None, None
+    dys = []
+    for dy, shape in zip(given, ctx.shapes, strict=True):
+        whole = some.new_zeros(shape) if dy is None else dy
+        dys.append(whole.to(ctx.dtype))
     needs_dx = ctx.needs_input_grad[0]
-    out = _joint_linear_backward(
-        dys, x, h, weights, lora_a, lora_b, ctx.scales, ctx.trains, needs_dx, ctx.columns, z, up, more
+    (x, h, pre, operand), layers = kept_layers(ctx)
+    dx, *of_stages = _joint_linear_backward(
+        dys, x, h, pre, operand, of_input, *layers, ctx.trains, needs_dx, ctx.columns
     )
-    return out[0] if needs_dx else None, *of_each_stage(ctx.trains, out[1:])
+    return wanted_if(needs_dx, dx), *gradients_of_layers(ctx, of_stages), None, None
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, up, third, h, z = output
-    rows, gated = inputs[6:8]
-    ctx.mark_non_differentiable(h, z, *([up, third] if gated else [] if len(rows) > 2 else [third]))
-    _keep(ctx, inputs, output)
-
-
-def _backward(ctx, dy_0, dy_1, dy_2, dh, dz):
-    given = [dy_0] if ctx.gated else [dy_0, dy_1, dy_2][: ctx.layers]
-    dx, da, db = _gradients(ctx, given, None)
-    numbers = None if ctx.scales else []  # an empty list of numbers looks like one of tensors to torch.library
-    return dx, [None] * ctx.layers, [None] * ctx.biases, da, db, numbers, None, None, None
-
-
-_joint_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Carrying(torch.autograd.Function):
-    """The operator, and x: an operator cannot hand x on, as its outputs share no memory with its inputs."""
-
-    @staticmethod
-    def forward(ctx, x, weights, biases, scales, rows, stages, *lora):
-        inputs = x, weights, biases, list(lora[:stages]), list(lora[stages:]), scales, rows, False, True
-        output = _joint_linear(*inputs)
-        _keep(ctx, inputs, output)
-        return *output[: len(rows)], x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, *given):
-        dx, da, db = _gradients(ctx, given[:-1], given[-1])
-        return dx, *[None] * 5, *da, *db
+_joint_linear_returning_input = differentiable(_joint_linear, _keep, _gradients, _results)

@@ -1,4 +1,8 @@
-"""The values that operators take: a low-rank layer, what is done to its output, and which gradients are wanted."""
+"""The values that operators take: a low-rank layer, what is done to its output, and which gradients are wanted.
+
+`torch.library` knows tensors, numbers and lists of them, but no such values: `flatten` lays layers out as lists where
+an operator is called, and `unflatten` puts them together again inside it. Nothing else takes layers apart.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,19 +36,42 @@ class LowRankLinear(NamedTuple):
         """How many numbers the layer writes: m."""
         return sum(self.spans[1::2])
 
+    @property
+    def ranks(self) -> list[int]:
+        """The rank r_s of each stage."""
+        return [lora_a.shape[0] for lora_a in self.lora_a]
 
-@dataclass(frozen=True)
-class Epilogue:
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All its tensors, of which a backend may ask type and device."""
+        return (self.weight, self.bias, *self.lora_a, *self.lora_b)
+
+    @property
+    def places(self) -> list[tuple[slice, slice]]:
+        """Each span as (rows of `weight`, columns of the output, where spans lie side by side)."""
+        found, column = [], 0
+        for start, length in zip(self.spans[::2], self.spans[1::2], strict=True):
+            found.append((slice(start, start + length), slice(column, column + length)))
+            column += length
+        return found
+
+
+class Epilogue(NamedTuple):
     """What is done to a product z while it is in registers: y = act(z) [· operand] + residual.
 
     Attributes:
         activation: one of ACTIVATIONS; "silu_mul" is SiLU(z) · operand.
         operand, residual: (..., m), or None.
+
+    A tuple, since one is made at every call of a layer: a frozen dataclass takes three times as long.
     """
 
     activation: str = "none"
     operand: Tensor | None = None
     residual: Tensor | None = None
+
+
+NOTHING = Epilogue()
 
 
 @dataclass(frozen=True)
@@ -68,3 +95,76 @@ class Wanted:
     trains: Sequence[bool]
     dx: bool
     columns: int
+
+
+class Norm(NamedTuple):
+    """A norm: weight and bias (N,) or None, what is added to the variance, and whether it leaves out the mean (RMS)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+    def cut(self, columns: int) -> "Norm":
+        """The norm over the leading `columns` numbers."""
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            weight = weight[:columns]
+        if bias is not None:
+            bias = bias[:columns]
+        return Norm(weight, bias, self.eps, self.rms)
+
+
+class Dropout(NamedTuple):
+    """A dropout: its probability, and what its mask is drawn from: one int64, None where nothing is dropped."""
+
+    p: float
+    seed: Tensor | None
+
+    @property
+    def number(self) -> int:
+        """The seed as a number, on the host."""
+        return 0 if self.seed is None else int(self.seed)
+
+
+class FlatLayers(NamedTuple):
+    """Layers as lists that torch.library takes: the fields of the first layer, then those of the second, and so on."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scales: list[float]
+    spans: list[int]
+
+
+def flatten(layers: Sequence[LowRankLinear]) -> FlatLayers:
+    """Lays layers out as lists. They are alike: in the number of stages and spans, and all with a bias or none."""
+    return FlatLayers(
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers if layer.bias is not None],
+        [lora_a for layer in layers for lora_a in layer.lora_a],
+        [lora_b for layer in layers for lora_b in layer.lora_b],
+        [scale for layer in layers for scale in layer.scales],
+        [number for layer in layers for number in layer.spans],
+    )
+
+
+def unflatten(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+) -> list[LowRankLinear]:
+    """Puts together what `flatten` laid out; without `biases`, layers without a bias (backward passes need none)."""
+    stages = len(lora_a) // len(weights)
+    numbers = len(spans) // len(weights)
+    layers = []
+    for i, weight in enumerate(weights):
+        bias = biases[i] if biases else None
+        own = slice(i * stages, (i + 1) * stages)
+        rows = spans[i * numbers : (i + 1) * numbers]
+        layers.append(LowRankLinear(weight, bias, lora_a[own], lora_b[own], scales[own], rows))
+    return layers

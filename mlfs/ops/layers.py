@@ -7,19 +7,16 @@ products do. There is no reference of its own: it is what `mlfs.ops.sliced_linea
 after the other, and tests compare it with them.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlfs.ops.backend import backend_of, cpp, is_direct
-from mlfs.ops.layer import ACTIVATIONS
+from mlfs.ops.layer import ACTIVATIONS, LowRankLinear
 
 __all__ = ["EncoderLayer", "encoder_layer", "fuses_activations", "trains_on_kernels"]
 
-# weight, bias, lora_a, lora_b, scales, spans: see `mlfs.ops.layer.LowRankLinear`
-Linear = tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
 
@@ -33,14 +30,14 @@ class EncoderLayer(NamedTuple):
         head_dim: numbers per head. scale: of the products of queries and keys.
     """
 
-    query: Linear
-    key: Linear
-    value: Linear
-    out: Linear
+    query: LowRankLinear
+    key: LowRankLinear
+    value: LowRankLinear
+    out: LowRankLinear
     norm: Norm
-    up: Linear
+    up: LowRankLinear
     activation: str
-    down: Linear
+    down: LowRankLinear
     last_norm: Norm
     head_dim: int
     scale: float

@@ -5,15 +5,21 @@
     rms_norm:   y = w[:n] · cast(s / sqrt(mean(s²) + eps))                    (Zhang and Sennrich, arXiv 1910.07467)
 
 Shapes: x, residual, s and y (..., n), w and b (N,), n ≤ N. The statistics are those of the n numbers that are there.
+
+In code s is `total`, and T the number of tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.backend import autocast_type, backend_of, cpp, is_direct
+from mlfs.ops.autograd import differentiable, flat_rows, wanted_if
+from mlfs.ops.backend import autocast_type, direct_implementation, has_implementation, run
+from mlfs.ops.backends.table import implements
+from mlfs.ops.layer import Dropout, Norm
 
 __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
@@ -27,26 +33,32 @@ def add_norm_reference(
     rms: bool,
     statistics: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s) of the formula without dropout, in plain, differentiable PyTorch."""
-    s = x if residual is None else residual + x
-    n = x.shape[-1]
-    w = None if weight is None else weight[:n]
-    b = None if bias is None else bias[:n]
+    """Computes (y, s) of the formula without dropout, in plain, differentiable PyTorch."""
+    columns = x.shape[-1]
+    total = x
+    if residual is not None:
+        total = residual + x
+    weight, bias, _, _ = Norm(weight, bias, eps, rms).cut(columns)
     if not rms:
-        return torch.nn.functional.layer_norm(s, (n,), w, b, eps), s
-    wide = s.to(torch.promote_types(s.dtype, torch.float32) if statistics is None else statistics)
-    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype)
-    y = y if w is None else w * y
-    return y if b is None else y + b, s
+        return torch.nn.functional.layer_norm(total, (columns,), weight, bias, eps), total
+    if statistics is None:
+        statistics = torch.promote_types(total.dtype, torch.float32)
+    wide = total.to(statistics)
+    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
+    if weight is not None:
+        y = weight * y
+    if bias is not None:
+        y = y + bias
+    return y, total
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer normalisation of x (..., n) with the leading n of weight and bias (N,)."""
+    """Applies layer normalisation to x (..., n) with the leading n of weight and bias (N,)."""
     return add_norm(x, None, weight, bias, eps, rms=False)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | None = None) -> Tensor:
-    """Root-mean-square normalisation of x (..., n) with the leading n of weight (N,).
+    """Applies root-mean-square normalisation to x (..., n) with the leading n of weight (N,).
 
     The scaled x is cast back before it meets the weight, as the Llama family does.
     """
@@ -64,7 +76,7 @@ def add_norm(
     seed: Tensor | None = None,
     statistics: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s) of the formula above, in one pass over memory where there are kernels for it.
+    """Computes (y, s) of the formula above, in one pass over memory where there are kernels for it.
 
     Args:
         x, residual: (..., n), floating point; residual may be None. s has the wider of their types.
@@ -80,22 +92,85 @@ def add_norm(
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
-    if not p and is_direct(x, residual, weight, bias):
-        return _by_extension(x, residual, weight, bias, eps, rms)
-    if seed is None and backend_of(x, residual, weight, bias) == "reference":
+    if not p:
+        direct = direct_implementation("direct_add_norm", x, residual, weight, bias)
+        if direct is not None:
+            y, total = direct(flat_rows(x), flat_rows(residual), Norm(weight, bias, eps, rms))
+            return y.view(x.shape), total.view(x.shape)
+    if seed is None and not has_implementation("add_norm", x, residual, weight, bias):
         x = torch.nn.functional.dropout(x, p)  # as torch's own modules: a mask that is kept is cheaper here
         return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
-    # that of s; not by `_types`, as torch.compile cannot trace torch.result_type
-    kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    # The type of s; not by `_dtypes`, as torch.compile cannot trace torch.result_type.
+    dtype = x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
     if not rms and autocast_type(x) is not None:  # as autocast does with torch's own
-        x, residual = (x.float(), None) if residual is None else (x, residual.float())
+        x = x.float()
+        if residual is not None:
+            residual = residual.float()
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
     if residual is None and not p:
-        y, s = _Carrying.apply(x, weight, bias, eps, rms)
+        y, _, total = _add_norm_returning_input(x, None, weight, bias, eps, rms, 0.0, None)
     else:
-        y, s = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
-    return y, s.to(kind)
+        y, total = _add_norm(x, residual, weight, bias, eps, rms, p, seed)
+    return y, total.to(dtype)
+
+
+# ---- what backends implement, on 2-d tensors -------------------------------------------------------------------------
+
+
+@implements("reference", "add_norm")
+def _add_norm_in_pytorch(
+    x: Tensor, residual: Tensor | None, norm: Norm, dropout: Dropout, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Computes (y of `dtype`, s) for x (T, n); s is x itself where nothing is added or dropped."""
+    if dropout.p:
+        x = x * _mask(x, dropout)
+    return add_norm_reference(x, residual, *norm)
+
+
+@implements("reference", "add_norm_backward")
+def _add_norm_backward_in_pytorch(
+    dy: Tensor, of_total: Tensor | None, total: Tensor, norm: Norm, dropout: Dropout, trains: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Computes (dx, d_residual or None where it is dx, dw and db (n,) or None unless the norm `trains`).
+
+    of_total: what comes back through s. All in fp32 or wider, and with y = unit · w + b:
+    ds = (dy · w − unit · mean(dy · w · unit) − mean(dy · w)) / sqrt(var + eps), without the last mean in an RMS norm.
+    """
+    columns = total.shape[-1]
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    centred = wide
+    if not norm.rms:
+        centred = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps)
+    unit, slope = centred * scale, dy.to(wide.dtype)
+    d_weight, d_bias = None, None
+    if trains:
+        d_weight, d_bias = (slope * unit).sum(0), slope.sum(0).clone()
+    if norm.weight is not None:
+        slope = slope * norm.weight[:columns]
+    d_total = slope - unit * (slope * unit).mean(-1, keepdim=True)
+    if not norm.rms:
+        d_total = d_total - slope.mean(-1, keepdim=True)
+    d_total = d_total * scale
+    if of_total is not None:
+        d_total = d_total + of_total
+    d_total = d_total.to(total.dtype)
+    if dropout.p:
+        return d_total * _mask(d_total, dropout), d_total, d_weight, d_bias
+    return d_total, None, d_weight, d_bias
+
+
+def _mask(x: Tensor, dropout: Dropout) -> Tensor:
+    """1 / (1 - p) where a number is kept, 0 where it is dropped."""
+    generator = torch.Generator(x.device).manual_seed(dropout.number)
+    drawn = torch.rand(x.shape, generator=generator, device=x.device)
+    return drawn.ge(dropout.p).to(x.dtype) / (1 - dropout.p)
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mlfs::add_norm", mutates_args=())
@@ -110,42 +185,38 @@ def _add_norm(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s); s is empty where it is x."""
-    n, adds = x.shape[-1], residual is not None or p > 0
-    backend = backend_of(x, residual, weight, bias)
-    if backend == "cpp":
-        y, s = _by_extension(x, residual, weight, bias, eps, rms, p, int(seed or 0))
-        return y, s if adds else x.new_empty(0)
-    if backend == "triton":
-        from mlfs.kernels import norm as kernels
-
-        flat = None if residual is None else residual.reshape(-1, n)
-        _, kind = _types(x, residual, weight, rms)
-        y, s = kernels.forward(x.reshape(-1, n), flat, weight, bias, eps, rms, p, seed, kind)
-        return y.view(x.shape), s.view(x.shape) if adds else x.new_empty(0)
-    if p:
-        x = x * _mask(x, p, seed)
-    y, s = add_norm_reference(x, residual, weight, bias, eps, rms)
-    return y, s if adds else x.new_empty(0)
+    norm, dropout = Norm(weight, bias, eps, rms), Dropout(p, seed)
+    _, dtype = _dtypes(x, residual, weight, rms)
+    on = (x, residual, weight, bias)
+    y, total = run("add_norm", on, flat_rows(x), flat_rows(residual), norm, dropout, dtype)
+    if residual is None and not p:
+        return y.view(x.shape), x.new_empty(0)
+    return y.view(x.shape), total.view(x.shape)
 
 
 @_add_norm.register_fake
 def _(x, residual, weight, bias, eps, rms, p, seed):
-    of_s, of_y = _types(x, residual, weight, rms)
-    y = x.new_empty(x.shape, dtype=of_y)
-    return y, x.new_empty(x.shape if residual is not None or p else 0, dtype=of_s)
+    of_total, of_y = _dtypes(x, residual, weight, rms)
+    changes = residual is not None or p > 0
+    return x.new_empty(x.shape, dtype=of_y), x.new_empty(x.shape if changes else 0, dtype=of_total)
 
 
-def _types(x: Tensor, residual: Tensor | None, weight: Tensor | None, rms: bool) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(x: Tensor, residual: Tensor | None, weight: Tensor | None, rms: bool) -> tuple[torch.dtype, torch.dtype]:
     """Of s and y: as torch's layer_norm and the Llama family's product with the weight have them."""
-    kind = x.dtype if residual is None else torch.result_type(x, residual)
-    return kind, torch.promote_types(kind, weight.dtype) if rms and weight is not None else kind
+    of_total = x.dtype
+    if residual is not None:
+        of_total = torch.result_type(x, residual)
+    of_y = of_total
+    if rms and weight is not None:
+        of_y = torch.promote_types(of_total, weight.dtype)
+    return of_total, of_y
 
 
 @torch.library.custom_op("mlfs::add_norm_backward", mutates_args=())
 def _add_norm_backward(
     dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
+    of_total: Tensor | None,
+    total: Tensor,
     weight: Tensor | None,
     eps: float,
     rms: bool,
@@ -154,125 +225,70 @@ def _add_norm_backward(
     trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, d_residual or empty where it is dx, dw and db (n,), empty unless the norm `trains`)."""
-    n = s.shape[-1]
-
-    def nothing() -> Tensor:  # a new one each time: outputs of an operator share no memory
-        return dy.new_empty(0)
-
-    backend = backend_of(dy, ds, s, weight)
-    if backend == "cpp":
-        more = None if ds is None else ds.reshape(-1, n)
-        options = eps, rms, p, int(seed or 0), trains
-        grads = cpp().add_norm_backward(dy.reshape(-1, n), more, s.reshape(-1, n), *_cut(n, weight), *options)
-        dx, kept, dw, db = grads
-        return dx.view(s.shape), kept.view(s.shape) if p else kept, dw, db
-    if backend == "triton":
-        from mlfs.kernels import norm as kernels
-
-        more = None if ds is None else ds.reshape(-1, n)
-        flat = dy.reshape(-1, n), more, s.reshape(-1, n)
-        dx, d_residual, dw, db = kernels.backward(*flat, weight, eps, rms, p, seed, trains)
-        kept = d_residual.view(s.shape) if p else nothing()
-        return dx.view(s.shape), kept, nothing() if dw is None else dw, nothing() if db is None else db
-    wide = s.to(torch.promote_types(s.dtype, torch.float32))
-    centred = wide if rms else wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-    unit, d = centred * scale, dy.to(wide.dtype)
-    sums = (d * unit).reshape(-1, n).sum(0), d.reshape(-1, n).sum(0).clone()
-    dw, db = sums if trains else (nothing(), nothing())
-    d = d if weight is None else d * weight[:n]
-    g = d - unit * (d * unit).mean(-1, keepdim=True)
-    g = (g if rms else g - d.mean(-1, keepdim=True)) * scale
-    g = (g if ds is None else g + ds).to(s.dtype)
-    return g * _mask(g, p, seed) if p else g, g if p else nothing(), dw, db
+    norm, dropout = Norm(weight, None, eps, rms), Dropout(p, seed)
+    on = (dy, of_total, total, weight)
+    flat = flat_rows(dy), flat_rows(of_total), flat_rows(total)
+    dx, d_residual, d_weight, d_bias = run("add_norm_backward", on, *flat, norm, dropout, trains)
+    # A new empty one each time: outputs of an operator share no memory.
+    empty = [dy.new_empty(0) for _ in range(3)]
+    d_residual = empty[0] if d_residual is None else d_residual.view(total.shape)
+    if d_weight is None:
+        d_weight = empty[1]
+    if d_bias is None:
+        d_bias = empty[2]
+    return dx.view(total.shape), d_residual, d_weight, d_bias
 
 
 @_add_norm_backward.register_fake
-def _(dy, ds, s, weight, eps, rms, p, seed, trains):
-    n, kind = s.shape[-1], torch.promote_types(s.dtype, torch.float32)
-    sums = (s.new_empty(n, dtype=kind), s.new_empty(n, dtype=kind)) if trains else (dy.new_empty(0), dy.new_empty(0))
-    return s.new_empty(s.shape), s.new_empty(s.shape) if p else dy.new_empty(0), *sums
+def _(dy, of_total, total, weight, eps, rms, p, seed, trains):
+    d_weight, d_bias = dy.new_empty(0), dy.new_empty(0)
+    if trains:
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        d_weight, d_bias = (total.new_empty(total.shape[-1], dtype=dtype) for _ in range(2))
+    d_residual = total.new_empty(total.shape) if p else dy.new_empty(0)
+    return total.new_empty(total.shape), d_residual, d_weight, d_bias
 
 
-def _by_extension(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    n = x.shape[-1]
-    flat = None if residual is None else residual.reshape(-1, n)
-    y, s = cpp().add_norm(x.reshape(-1, n), flat, *_cut(n, weight, bias), eps, rms, p, seed)
-    return y.view(x.shape), s.view(x.shape)
-
-
-def _cut(n: int, *parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t[:n] for t in parameters]
-
-
-def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """1 / (1 - p) where a number is kept, 0 where it is dropped."""
-    assert seed is not None
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    return torch.rand(x.shape, generator=generator, device=x.device).ge(p).to(x.dtype) / (1 - p)
-
-
-class _Carrying(torch.autograd.Function):
-    """(norm(x), x): what comes back through the second is added in the same pass. An operator cannot hand x on: its
-    outputs share no memory with its inputs."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, rms):
-        ctx.set_materialize_grads(False)
-        ctx.options = eps, rms, 0.0
-        ctx.save_for_backward(x, weight, bias)
-        return _add_norm(x, None, weight, bias, eps, rms, 0.0, None)[0], x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dy, ds):
-        if dy is None:
-            return ds, None, None, None, None
-        x, *parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:3]
-        dx, _, *sums = _add_norm_backward(dy, ds, x, parameters[0], *ctx.options, None, any(needs))
-        return dx, *_whole(sums, parameters, needs), None, None
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     x, residual, weight, bias, eps, rms, p, seed = inputs
     ctx.set_materialize_grads(False)
     ctx.options = eps, rms, p
-    ctx.shapes = None if weight is None else weight.shape, None if bias is None else bias.shape
     ctx.adds = residual is not None
-    ctx.save_for_backward(output[1] if residual is not None or p else x, weight, bias, seed)
+    total = output[1] if ctx.adds or p else x
+    ctx.save_for_backward(total, weight, bias, seed)
 
 
-def _backward(ctx, dy, ds):
-    s, weight, bias, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    trains = needs[2] or needs[3]
+def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: Tensor | None) -> tuple[Any, ...]:
+    dy, of_total = of_outputs
+    total, weight, bias, seed = ctx.saved_tensors
+    eps, rms, p = ctx.options
+    if not ctx.adds and not p:  # s is x: the operator's own is empty
+        of_total = of_input
+        if dy is None:
+            return of_total, *[None] * 7
     if dy is None:
-        dy = torch.zeros_like(s)
-    if ds is not None and ds.shape != s.shape:
-        ds = None  # of the empty s
-    dx, d_residual, dw, db = _add_norm_backward(dy, ds, s, weight, *ctx.options, seed, trains)
-    d_residual = (d_residual if ctx.options[2] else dx) if ctx.adds else None
-    return dx, d_residual, *_whole([dw, db], [weight, bias], needs[2:4]), None, None, None, None
+        dy = torch.zeros_like(total)
+    needs_weight, needs_bias = ctx.needs_input_grad[2:4]
+    trains = needs_weight or needs_bias
+    dx, d_residual, d_weight, d_bias = _add_norm_backward(dy, of_total, total, weight, eps, rms, p, seed, trains)
+    if not p:
+        d_residual = dx
+    return (
+        dx,
+        wanted_if(ctx.adds, d_residual),
+        _whole(d_weight, weight, needs_weight),
+        _whole(d_bias, bias, needs_bias),
+        *[None] * 4,
+    )
 
 
-def _whole(sums: list[Tensor], parameters: list[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of the parameters that need one: zero off the columns that were read."""
-    found: list[Tensor | None] = []
-    for some, parameter, wanted in zip(sums, parameters, needs, strict=True):
-        whole = torch.zeros_like(parameter) if wanted and parameter is not None else None
-        if whole is not None:
-            whole[: some.shape[0]] = some
-        found.append(whole)
-    return found
+def _whole(gradient: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    """The gradient of a parameter that needs one: zero off the columns that were read."""
+    if not wanted or parameter is None:
+        return None
+    whole = torch.zeros_like(parameter)
+    whole[: gradient.shape[0]] = gradient
+    return whole
 
 
-_add_norm.register_autograd(_backward, setup_context=_setup_context)
+_add_norm_returning_input = differentiable(_add_norm, _keep, _gradients, results=lambda inputs: 2)

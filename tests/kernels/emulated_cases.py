@@ -16,7 +16,7 @@ from bench.static.offline import offline
 from mlfs.kernels import decode, distill, grouped, joint, norm, product, reductions, rotary
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
-from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.joint_linear import joint_linear_reference
 from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
@@ -46,9 +46,8 @@ def run_sliced_linear(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, 
             _, again = product.backward(dz, x, h, layer, Wanted([True, True], False, n), config=config)
     exact = [t.double().requires_grad_() for t in (x, *a, *b)]
     xd, ad, bd = exact[0], exact[1:3], exact[3:]
-    goal = sliced_linear_reference(
-        xd, weight.double(), bias.double(), ad, bd, scales, spans, "gelu", None, residual.double()
-    )
+    exact_layer = LowRankLinear(weight.double(), bias.double(), ad, bd, scales, spans)
+    goal = sliced_linear_reference(xd, exact_layer, Epilogue("gelu", residual=residual.double()))
     goal.backward(dy.double())
     order = [ad[0].grad, bd[0].grad, ad[1].grad, bd[1].grad]
     return [(y, goal), (dx, xd.grad), *zip(found, order, strict=True), *zip(again, order, strict=True)]
@@ -62,10 +61,10 @@ def run_feed_forward(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, T
     weight, dy = randn(m + 3, n + 3, dtype=dtype, scale=0.15), randn(tokens, m, dtype=dtype)
     lora = [randn(8, n + 3, scale=0.15)], [randn(m + 3, 8, scale=0.5)], [2.0], [0, m]
     zd, ud, ad, bd = (t.double().requires_grad_() for t in (z, up, lora[0][0], lora[1][0]))
-    x = finish(zd, activation, ud if activation == "silu_mul" else None, None)
+    x = finish(zd, Epilogue(activation, ud if activation == "silu_mul" else None))
     given = x.detach().to(dtype)
     h = (2.0 * given.double() @ lora[0][0][:, :n].double().t()).to(dtype)
-    goal = sliced_linear_reference(x, weight.double(), None, [ad], [bd], *lora[2:])
+    goal = sliced_linear_reference(x, LowRankLinear(weight.double(), None, [ad], [bd], *lora[2:]))
     wanted = [zd, *([ud] if activation == "silu_mul" else []), ad, bd, x]
     *gradients, dx = torch.autograd.grad(goal, wanted, dy.double())
     layer, learns = LowRankLinear(weight, None, *lora), Wanted([True], True, n)
@@ -90,7 +89,8 @@ def run_grouped(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor
         y, h = grouped.forward(x, layer, groups, config)
         dx, found = grouped.backward(dy, x, h, layer, groups, Wanted([True], True, 64), config)
     xd, ad, bd = (t.double().requires_grad_() for t in (x, a[0], b[0]))
-    goal = grouped_sliced_linear_reference(xd, weight.double(), bias.double(), [ad], [bd], scales, groups)
+    exact_layer = LowRankLinear(weight.double(), bias.double(), [ad], [bd], scales, ())
+    goal = grouped_sliced_linear_reference(xd, exact_layer, groups)
     goal.backward(dy.double())
     return [(y, goal), (dx, xd.grad), *zip(found, (ad.grad, bd.grad), strict=True)]
 
@@ -118,8 +118,8 @@ def run_joint(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]
         found_dx, found = joint.backward(ds, x, h, given, Wanted([True] * len(a), True, n), residual, config)
     xd, *pairs = (t.double().requires_grad_() for t in (x, *(t for pair in zip(a, b, strict=True) for t in pair)))
     layers = [
-        Projection(w.double(), bias.double(), pairs[2 * i * stages : 2 * (i + 1) * stages : 2],
-                   pairs[2 * i * stages + 1 : 2 * (i + 1) * stages : 2], scales[:stages], m)
+        LowRankLinear(w.double(), bias.double(), pairs[2 * i * stages : 2 * (i + 1) * stages : 2],
+                   pairs[2 * i * stages + 1 : 2 * (i + 1) * stages : 2], scales[:stages], [0, m])
         for i, (w, bias, m) in enumerate(zip(weights, biases, rows, strict=True))
     ]  # fmt: skip
     goals = joint_linear_reference(xd, layers, gated)
@@ -137,8 +137,8 @@ def run_decode(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]
     with offline(ARCH, emulate):
         y = decode.forward(x, LowRankLinear(weight, bias, a, b, scales, spans), Epilogue("silu_mul", operand))
     exact = [[t.double() for t in stages] for stages in (a, b)]
-    wide = (x.double(), weight.double(), bias.double())
-    return [(y, sliced_linear_reference(*wide, *exact, scales, spans, "silu_mul", operand.double()))]
+    exact_layer = LowRankLinear(weight.double(), bias.double(), *exact, scales, spans)
+    return [(y, sliced_linear_reference(x.double(), exact_layer, Epilogue("silu_mul", operand.double())))]
 
 
 def run_norm(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:

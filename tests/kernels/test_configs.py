@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
-from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.joint_linear import joint_linear_reference
 from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
 from mlfs.ops.sliced_linear import sliced_linear_reference
 from tests.devices import move
@@ -58,8 +58,9 @@ def test_every_tile_of_the_sliced_product(device, dtype, n, spans):
     wide = {name: value.double() for name, value in cpu.items()}
     leaves = [wide[name].requires_grad_() for name in ("x", "a0", "b0", "a1", "b1")]
     xd, a0, b0, a1, b1 = leaves
-    exact = (xd[:, :n], wide["weight"], wide["bias"], [a0, a1], [b0, b1], SCALES, spans)
-    plain, added = sliced_linear_reference(*exact), sliced_linear_reference(*exact, residual=wide["residual"][:, :m])
+    exact = xd[:, :n], LowRankLinear(wide["weight"], wide["bias"], [a0, a1], [b0, b1], SCALES, spans)
+    plain = sliced_linear_reference(*exact)
+    added = sliced_linear_reference(*exact, Epilogue(residual=wide["residual"][:, :m]))
     gradients = torch.autograd.grad(plain, leaves, wide["dy"][:, :m])
     right = [gradients[0][:, :n], *gradients[1:]]
     for config in tables(device):
@@ -78,9 +79,8 @@ def test_every_tile_of_the_grouped_product(device, dtype):
     layer = LowRankLinear(t["weight"], t["bias"], [t["a0"]], [t["b0"]], SCALES[:1], ())
     wide = {name: value.double() for name, value in cpu.items()}
     leaves = [wide[name].requires_grad_() for name in ("x", "a0", "b0")]
-    goal = grouped_sliced_linear_reference(
-        leaves[0], wide["weight"], wide["bias"], [leaves[1]], [leaves[2]], SCALES[:1], GROUPS
-    )
+    exact = LowRankLinear(wide["weight"], wide["bias"], [leaves[1]], [leaves[2]], SCALES[:1], ())
+    goal = grouped_sliced_linear_reference(leaves[0], exact, GROUPS)
     right = torch.autograd.grad(goal, leaves, wide["dy"])
     for config in tables(device):
         if config.block_t * config.block_c <= 128 * 128:
@@ -103,7 +103,7 @@ def test_every_tile_of_the_projections_of_one_input(device, dtype, rows):
     wide = {name: value.double() for name, value in cpu.items()}
     exact = [wide["weight"], wide["residual"][:150, :96], wide["dy"][:150, :96]]
     layers = [
-        Projection(exact[i], wide["bias"], [wide[f"a{k}"]], [wide[f"b{k}"]], [scales[i]], rows[i])
+        LowRankLinear(exact[i], wide["bias"], [wide[f"a{k}"]], [wide[f"b{k}"]], [scales[i]], [0, rows[i]])
         for i, k in enumerate(order)
     ]
     goals = joint_linear_reference(wide["x"], layers, gated)

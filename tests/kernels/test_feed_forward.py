@@ -9,8 +9,7 @@ from torch import Tensor
 from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.feed_forward import feed_forward, feed_forward_reference
-from mlfs.ops.joint_linear import Projection
-from mlfs.ops.sliced_linear import ACTIVATIONS
+from mlfs.ops.layer import ACTIVATIONS, LowRankLinear
 from tests import projections
 from tests.calls import LAYOUTS, strided
 from tests.devices import on_each_device
@@ -18,7 +17,7 @@ from tests.devices import on_each_device
 pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 BACKENDS = ["reference", "triton", "cpp"]
 ADDS = ("nothing", "residual", "x", "x, carried", "nothing, carried", "residual, carried")
-Case = tuple[Tensor, list[Projection], str, Tensor | None]
+Case = tuple[Tensor, list[LowRankLinear], str, Tensor | None]
 
 
 def of_backend(name: str, device: str):
@@ -147,7 +146,7 @@ def test_layers_that_cannot_go_together_are_refused(device):
     wrong = [
         (layers[:2], "silu_mul"), (layers, "gelu"), (layers[1:], "relu"), ([*layers[:2], more[2]], "silu_mul"),
         ([*layers[:2], layers[2]._replace(bias=None)], "silu_mul"),
-        ([layers[0], layers[1]._replace(rows=5), layers[2]], "silu_mul"),
+        ([layers[0], layers[1]._replace(spans=[0, 5]), layers[2]], "silu_mul"),
     ]  # fmt: skip
     for some, activation in wrong:
         with pytest.raises(MLFSError, match="expected up and down, or gate, up and down"):
@@ -164,10 +163,10 @@ def test_opcheck(device, name, activation, stages, bias):
     residual = residual.to(device).requires_grad_()
     a, b = [t for p in layers for t in p.lora_a], [t for p in layers for t in p.lora_b]
     biases, scales = [p.bias for p in layers if p.bias is not None], [c for p in layers for c in p.scales]
-    rows, weights = [p.rows for p in layers], [p.weight for p in layers]
+    spans, weights = [n for p in layers for n in p.spans], [p.weight for p in layers]
     with of_backend(name, device):
         for added, adds_x in ((residual, False), (None, False), (None, True)):
-            arguments = (x, weights, biases, a, b, scales, rows, activation, added, adds_x)
+            arguments = (x, added, weights, biases, a, b, scales, spans, activation, adds_x)
             torch.library.opcheck(torch.ops.mlfs.feed_forward.default, arguments)
         z, up, act = (torch.ones(6, 9, device=device) for _ in range(3))
         up = up if activation == "silu_mul" else None
@@ -176,6 +175,6 @@ def test_opcheck(device, name, activation, stages, bias):
         dy = torch.ones(2, 3, 20, device=device)
         for needs_dx in (False, True):
             trains = [s % max(stages, 1) == 0 for s in range(len(a))]
-            arguments = (dy, x.detach(), h, h_down, act, z, up, *lists, scales, trains, activation,
-                         dy if needs_dx else None, needs_dx, 20)  # fmt: skip
+            kept = x.detach(), h, h_down, act, z, up, dy if needs_dx else None
+            arguments = (dy, *kept, *lists, scales, spans, trains, needs_dx, 20, activation)
             torch.library.opcheck(torch.ops.mlfs.feed_forward_backward.default, arguments)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
-from mlfs.ops.joint_linear import Projection, joint_linear, joint_linear_reference
+from mlfs.ops.joint_linear import joint_linear, joint_linear_reference
 from mlfs.ops.layer import LowRankLinear
 from tests.calls import LAYOUTS, strided
 from tests.devices import on_each_device
@@ -19,7 +19,7 @@ BACKENDS = ["reference", "triton"]
 
 
 def agree(
-    x: Tensor, layers: list[Projection], gated: bool, device: str, tolerance: float, stage: int | None = 0
+    x: Tensor, layers: list[LowRankLinear], gated: bool, device: str, tolerance: float, stage: int | None = 0
 ) -> None:
     given_x, mine, wanted = leaves(x, layers, device, None, stage)
     exact_x, right, goals = leaves(x, layers, "cpu", torch.float64, stage)
@@ -42,7 +42,7 @@ def agree(
 
 
 @st.composite
-def cases(draw) -> tuple[tuple[Tensor, list[Projection]], bool, int | None]:
+def cases(draw) -> tuple[tuple[Tensor, list[LowRankLinear]], bool, int | None]:
     gated, stages = draw(st.booleans()), draw(st.integers(0, 4))
     m = draw(st.integers(1, 80))
     rows = (m, m) if gated else tuple(draw(st.lists(st.integers(1, 80), min_size=2, max_size=3)))
@@ -150,18 +150,19 @@ def test_opcheck(device, name, gated, stages, bias):
     x, layers, _ = leaves(x, layers, device, None, 0)
     a, b = [t for p in layers for t in p.lora_a], [t for p in layers for t in p.lora_b]
     biases, scales = [p.bias for p in layers if p.bias is not None], [c for p in layers for c in p.scales]
-    rows, weights = [p.rows for p in layers], [p.weight for p in layers]
+    rows, weights, spans = [p.rows for p in layers], [p.weight for p in layers], [n for p in layers for n in p.spans]
     with use_backend(name):
         for keep in (False, True):
             tensors = (x, weights, biases, a, b) if keep else (x.detach(), weights, biases, *_detached(a, b))
-            torch.library.opcheck(torch.ops.mlfs.joint_linear.default, (*tensors, scales, rows, gated, keep))
+            torch.library.opcheck(torch.ops.mlfs.joint_linear.default, (*tensors, scales, spans, gated, keep))
         h = torch.ones(6, len(a) * 4, device=device)
         z, up = (torch.ones(6, 6, device=device) for _ in range(2)) if gated else (None, None)
         dys = [torch.ones(2, 3, m, device=device) for m in (rows[:1] if gated else rows)]
         for needs_dx in (False, True):
             trains = [s % max(stages, 1) == 0 for s in range(len(a))]
             residual = torch.ones(2, 3, 20, device=device) if needs_dx else None
-            arguments = (dys, x.detach(), h, weights, *_detached(a, b), scales, trains, needs_dx, 20, z, up, residual)
+            of_layers = weights, *_detached(a, b), scales, spans
+            arguments = (dys, x.detach(), h, z, up, residual, *of_layers, trains, needs_dx, 20)
             torch.library.opcheck(torch.ops.mlfs.joint_linear_backward.default, arguments)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
-from mlfs.ops.joint_linear import Projection, joint_linear_reference
+from mlfs.ops.joint_linear import joint_linear_reference
 from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
@@ -69,7 +69,8 @@ def test_sliced_product(device, transposed):
     dz, _ = product.activation_backward(dy, z, None, "gelu")
     dx, gradients = product.backward(dz, x, h, layer, Wanted([True], True, n))
     xd, wd, ad, bd, rd = wide(x, weight, a, b, residual)
-    goal = sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], [0, m], "gelu", None, rd)
+    exact = LowRankLinear(wd, None, [ad], [bd], [2.0], [0, m])
+    goal = sliced_linear_reference(xd, exact, Epilogue("gelu", residual=rd))
     agree([y, dx, *gradients], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
     few = decode.forward(x[24:], layer, Epilogue("gelu", residual=residual[24:]))
     agree([few], [goal[24:]])
@@ -91,7 +92,7 @@ def test_several_sizes_in_one_launch(device):
     y, h = grouped.forward(x, layer, groups)
     dx, gradients = grouped.backward(dy, x, h, layer, groups, Wanted([True], True, COLUMNS))
     xd, wd, ad, bd = wide(x, weight, a, b)
-    goal = grouped_sliced_linear_reference(xd, wd, None, [ad], [bd], [2.0], groups)
+    goal = grouped_sliced_linear_reference(xd, LowRankLinear(wd, None, [ad], [bd], [2.0], ()), groups)
     agree([y, dx, *gradients], [goal, *torch.autograd.grad(goal, (xd, ad, bd), dy.cpu().double())])
 
 
@@ -127,7 +128,10 @@ def test_projections_of_one_input(device):
     ys, h, _ = joint.forward(x, given, keep=True)
     dx, found = joint.backward(dys, x, h, given, Wanted([True] * 2, True, COLUMNS))
     xd, w0, w1, a0, a1, b0, b1 = wide(x, *weights, *a, *b)
-    layers = [Projection(w0, None, [a0], [b0], [2.0], ROWS), Projection(w1, None, [a1], [b1], [0.5], ROWS)]
+    layers = [
+        LowRankLinear(w0, None, [a0], [b0], [2.0], [0, ROWS]),
+        LowRankLinear(w1, None, [a1], [b1], [0.5], [0, ROWS]),
+    ]
     goals = joint_linear_reference(xd, layers)
     gradients = torch.autograd.grad(goals, (xd, a0, b0, a1, b1), [dy.cpu().double() for dy in dys])
     agree([*ys, dx, *found], [*goals, *gradients])

@@ -35,17 +35,18 @@ def check(op: Any, arguments: tuple[Any, ...]) -> None:
 )
 def test_sliced_linear(device, options):
     call = example(torch.float32, **options)
-    x, weight, bias, a, b, *rest = call.arguments
+    x, operand, residual, weights, biases, a, b, scales, spans, activation = call.arguments
     for keep in (False, True):
-        leaves = (moved(x, device, keep), *moved((weight, bias), device), *moved((a, b), device, keep))
-        check(OPS.sliced_linear, (*leaves, *moved(tuple(rest), device, keep), keep))
+        leaves = (*moved((x, operand, residual), device, keep), *moved((weights, biases), device))
+        check(OPS.sliced_linear, (*leaves, *moved((a, b), device, keep), scales, spans, activation, keep))
     generator = torch.Generator().manual_seed(0)
     dy = strided((*x.shape[:-1], len(call.rows)), "plain", generator, torch.float32)
     h, z = torch.ones(6, sum(t.shape[0] for t in a)), torch.ones(6, len(call.rows))
-    trains, (scales, spans, activation, operand, _) = [True, False][: len(a)], rest
-    layer = (dy, x if any(trains) else None, h if any(trains) else None, weight, a, b, scales, spans)
+    trains = [True, False][: len(a)]
+    kept = (x, h) if any(trains) else (None, None)
     for needs_dx in (False, True):
-        arguments = (*layer, trains, needs_dx, x.shape[-1], activation, z, operand)
+        layer = (weights, a, b, scales, spans, trains, needs_dx, x.shape[-1])
+        arguments = (dy, *kept, z, operand, *layer, activation)
         check(OPS.sliced_linear_backward, moved(arguments, device))
 
 
@@ -56,11 +57,11 @@ def test_grouped_sliced_linear(device):
     )
     a, b = [strided((3, 8), "plain", generator, torch.float32)], [strided((10, 3), "plain", generator, torch.float32)]
     groups = [0, 4, 8, 0, 4, 5, 3, 0, 0, 5, 3, 5, 0, 2, 4, 1, 0, 0]
-    leaves = (moved(x, device, True), *moved((weight, bias), device), *moved((a, b), device, True))
-    check(OPS.grouped_sliced_linear, (*leaves, [2.0], groups))
+    leaves = (moved(x, device, True), *moved(([weight], [bias]), device), *moved((a, b), device, True))
+    check(OPS.grouped_sliced_linear, (*leaves, [2.0], [0, 10], groups))
     for trains in (False, True):
         kept = (x, torch.ones(9, 3)) if trains else (None, None)
-        arguments = (dy, *kept, weight, a, b, [2.0], groups, [trains], True)
+        arguments = (dy, *kept, [weight], a, b, [2.0], [0, 10], groups, [trains], True)
         check(OPS.grouped_sliced_linear_backward, moved(arguments, device))
 
 

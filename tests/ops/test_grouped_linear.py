@@ -1,6 +1,6 @@
 """Several sizes at once: each group's rows equal the single operator's, alone; on the reference and on the kernels."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
+from mlfs.ops.layer import LowRankLinear, flatten
 from tests.calls import strided
 from tests.devices import move, on_each_device
 
@@ -30,7 +31,11 @@ class Call:
     groups: list[Group]
 
     def __call__(self, op) -> Tensor:
-        return op(*(getattr(self, field.name) for field in fields(self)))
+        return op(self.x, self.layer, self.groups)
+
+    @property
+    def layer(self) -> LowRankLinear:
+        return LowRankLinear(self.weight, self.bias, self.lora_a, self.lora_b, self.scales, [0, self.weight.shape[0]])
 
     def leaves(self, dtype: torch.dtype | None = None, device: str = "cpu") -> "Call":
         """The same arguments as new leaves that want gradients; W and b too where another type is asked for."""
@@ -143,13 +148,13 @@ def test_gradcheck():
 def test_opcheck():
     call = example().leaves()
     packed = [n for g in call.groups for n in (g.first, g.tokens, g.n, *g.spans, *[0] * (6 - len(g.spans)))]
-    layer = (call.weight, call.bias, call.lora_a, call.lora_b, call.scales, packed)
-    torch.library.opcheck(OPS[0], (call.x, *layer))
+    torch.library.opcheck(OPS[0], (call.x, *flatten([call.layer]), packed))
     a, b = [t.detach() for t in call.lora_a], [t.detach() for t in call.lora_b]
     for trains in ([True, False], [False, False]):
         x, h = (call.x.detach(), torch.ones(16, 6).double()) if any(trains) else (None, None)
         dy = torch.ones(16, 10).double()
-        torch.library.opcheck(OPS[1], (dy, x, h, call.weight, a, b, call.scales, packed, trains, True))
+        layer = ([call.weight], a, b, call.scales, [0, 10])
+        torch.library.opcheck(OPS[1], (dy, x, h, *layer, packed, trains, True))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.profiler import profile
 
 from mlfs import MLFSError
-from mlfs.ops.sliced_linear import ACTIVATIONS, sliced_linear, sliced_linear_reference
+from mlfs.ops.layer import ACTIVATIONS, LowRankLinear
+from mlfs.ops.sliced_linear import sliced_linear, sliced_linear_reference
 from tests.calls import EXAMPLES, calls, example, strided
 
 FORWARD, BACKWARD = torch.ops.mlfs.sliced_linear.default, torch.ops.mlfs.sliced_linear_backward.default
@@ -84,8 +85,8 @@ def test_opcheck_of_backward(trains, needs_dx, activation):
         dy = torch.ones(2, 3, len(call.rows), dtype=torch.float64)
         x, h = (call.x, torch.ones(6, 5, dtype=torch.float64)) if any(trains) else (None, None)
         z = None if activation == "none" else torch.randn(6, len(call.rows), dtype=torch.float64)
-        layer = (call.weight, call.lora_a, call.lora_b, call.scales, call.spans)
-        torch.library.opcheck(BACKWARD, (dy, x, h, *layer, list(trains), needs_dx, 5, activation, z, call.operand))
+        layer = ([call.weight], call.lora_a, call.lora_b, call.scales, call.spans)
+        torch.library.opcheck(BACKWARD, (dy, x, h, z, call.operand, *layer, list(trains), needs_dx, 5, activation))
 
 
 @pytest.mark.parametrize("op", [sliced_linear, sliced_linear_reference])
@@ -127,7 +128,7 @@ def test_gradients_are_zero_off_the_slice():
 
 def test_a_frozen_layer_keeps_no_activations_for_the_backward_pass():
     kept = example().trains(stages=())(sliced_linear).grad_fn.saved_tensors
-    assert not any(t.shape == (2, 3, 5) for t in kept)
+    assert not any(t is not None and t.shape == (2, 3, 5) for t in kept)
     kept = example().trains(stages=(1,))(sliced_linear).grad_fn.saved_tensors
     assert any(t.shape == (2, 3, 5) for t in kept)
 
@@ -140,7 +141,7 @@ def test_weight_is_read_in_place(layout, spans):
     a, b = torch.randn(4, 1024, requires_grad=True), torch.randn(2048, 4, requires_grad=True)
     x = torch.randn(2, 1000, requires_grad=True)
     with profile(profile_memory=True) as recorded:
-        sliced_linear(x, weight, None, [a], [b], [2.0], spans).sum().backward()
+        sliced_linear(x, LowRankLinear(weight, None, [a], [b], [2.0], spans)).sum().backward()
     allocated = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert 0 < max(allocated) < 1000 * 1500 * 4 / 10
 
