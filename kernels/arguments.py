@@ -5,7 +5,8 @@ read by their attributes, which `mlfs.ops.layer` states.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,6 @@ MAX_SPANS = MAX_STAGES = 3  # in one launch; more spans take more launches, more
 Arguments = dict[str, Any]
 
 
-@dataclass(frozen=True)
 class Stages:
     """The low-rank stages as the kernels read them: at most three, of one rank, rows contiguous.
 
@@ -30,12 +30,17 @@ class Stages:
         scales: c of each stage.
         rank_scales: c of each rank, if more stages, or stages of several ranks, were packed into one of scale 1; then
             h and g are multiplied by it after their kernels.
+        count: how many there are. rank: of each. width: the ranks of all, side by side.
+        block_r: ranks that a kernel takes at once.
     """
 
-    a: list[Tensor]
-    b: list[Tensor]
-    scales: list[float]
-    rank_scales: Tensor | None = None
+    def __init__(
+        self, a: list[Tensor], b: list[Tensor], scales: list[float], rank_scales: Tensor | None = None
+    ) -> None:
+        self.a, self.b, self.scales, self.rank_scales = a, b, scales, rank_scales
+        self.count, self.rank = len(a), a[0].shape[0] if a else 0
+        self.width = self.count * self.rank
+        self.block_r = block_of_ranks(self.width)
 
     @classmethod
     def pack(cls, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> "Stages":
@@ -51,29 +56,9 @@ class Stages:
         """Returns those of a layer."""
         return cls.pack(layer.lora_a, layer.lora_b, layer.scales)
 
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.a)
-
-    @property
-    def rank(self) -> int:
-        """The rank of each."""
-        return self.a[0].shape[0] if self.a else 0
-
-    @property
-    def width(self) -> int:
-        """The ranks of all, side by side."""
-        return self.count * self.rank
-
-    @property
-    def block_r(self) -> int:
-        """Ranks that a kernel takes at once."""
-        return block_of_ranks(self.width)
-
     def with_rows(self, rows: Tensor) -> "Stages":
         """Returns the stages with these rows of B only."""
-        return replace(self, b=[t.index_select(0, rows) for t in self.b])
+        return Stages(self.a, [t.index_select(0, rows) for t in self.b], self.scales, self.rank_scales)
 
     def rescale_(self, h: Tensor) -> None:
         """Multiplies h, or g, by the scales of its ranks where no kernel did."""
@@ -86,7 +71,8 @@ class Stages:
 
     def scale_arguments(self) -> Arguments:
         """Returns scale0 to scale2."""
-        return numbered("scale", [*self.scales, 0.0, 0.0, 0.0][:3])
+        scale0, scale1, scale2 = [*self.scales, 0.0, 0.0, 0.0][:3]
+        return {"scale0": scale0, "scale1": scale1, "scale2": scale2}
 
     def sizes(self) -> Arguments:
         """Returns STAGES, RANK and BLOCK_R."""
@@ -138,8 +124,14 @@ def numbered(name: str, values: Sequence[Any]) -> Arguments:
     Args:
         name: "w" for w0, w1 and w2; "w{}_k" for w0_k, ...
     """
+    three = values if len(values) == 3 else [*values, values[0], values[0]][:3]
+    return dict(zip(_names(name), three, strict=True))
+
+
+@cache  # formatting takes as long as the rest
+def _names(name: str) -> list[str]:
     pattern = name if "{}" in name else name + "{}"
-    return {pattern.format(i): values[i] if i < len(values) else values[0] for i in range(3)}
+    return [pattern.format(i) for i in range(3)]
 
 
 def span_arguments(spans: Sequence[int]) -> Arguments:
@@ -168,12 +160,13 @@ def epilogue_parts(epilogue: "Epilogue | None") -> tuple[str, Tensor | None, Ten
 
 
 def divides(block: int, sizes: Iterable[int]) -> bool:
-    """Whether tiles of that size end where each of `sizes` does."""
-    return all(size % block == 0 for size in sizes)
+    """Returns whether tiles of that size end where each of `sizes` does."""
+    return not any(size % block for size in sizes)
 
 
+@cache
 def block_of_ranks(ranks: int) -> int:
-    """How many ranks a kernel takes at once: matrix units want 16 at least."""
+    """Returns how many ranks a kernel takes at once: matrix units want 16 at least."""
     return min(64, max(16, triton.next_power_of_2(max(ranks, 1))))
 
 
@@ -184,6 +177,8 @@ def pairs_of(spans: Sequence[int]) -> list[tuple[int, int]]:
 
 def in_launches(spans: Sequence[int]) -> list[tuple[list[int], slice]]:
     """Returns the spans that have rows, at most three at a time, and which columns of the result each lot makes."""
+    if len(spans) == 2 and spans[1]:
+        return [(list(spans), slice(0, spans[1]))]
     pairs = [pair for pair in pairs_of(spans) if pair[1]]
     launches, column = [], 0
     for first in range(0, len(pairs), MAX_SPANS):

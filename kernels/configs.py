@@ -30,7 +30,7 @@ class Config:
     group: int = 8
 
     def shared_bytes(self, itemsize: int, weight_itemsize: int, reads_shared: bool = False) -> int:
-        """Shared memory that a product's operand tiles take, all pipeline stages together."""
+        """Returns the shared memory that a product's operand tiles take, all pipeline stages together."""
         tiles = self.stages if reads_shared else max(self.stages - 1, 1)
         return tiles * self.block_k * (self.block_t * itemsize + self.block_c * weight_itemsize)
 
@@ -111,11 +111,15 @@ def assume(arch: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The key of the tables for `device`; the nearest older one where its own is not in them."""
+    """Returns the key of the tables for `device`: the nearest older one where its own is not in them."""
     if _assumed is not None:
         return _assumed
-    if device.type != "cuda":
-        return "interpreter"
+    return _architecture(device) if device.type == "cuda" else "interpreter"
+
+
+@cache  # every launch asks, some of them five times
+def _architecture(device: torch.device) -> str:
+    """Returns the key of the tables for a GPU."""
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return name if name in DEVICES else "gfx1100" if name.startswith(("gfx10", "gfx11", "gfx12")) else "gfx942"
@@ -126,18 +130,18 @@ def architecture(device: torch.device) -> str:
 
 
 def gradient_part(device: torch.device) -> int:
-    """In how many columns at once a tile goes back through an activation: more run out of registers."""
+    """Returns in how many columns at once a tile goes back through an activation: more run out of registers."""
     return 16 if architecture(device) == "gfx1100" else 32
 
 
 def thin(device: torch.device, itemsize: int) -> tuple[int, int]:
-    """(block_k, stages) of the thin kernels for operands of that size."""
+    """Returns block_k and stages of the thin kernels for operands of that size."""
     block_k, stages = THIN.get(architecture(device), (128, 3))
     return max(block_k * 2 // itemsize, 16) if itemsize > 2 else block_k, stages
 
 
 def unroll(device: torch.device, count: int) -> int:
-    """How often to unroll a loop over `count` products, each a loop over its depth, into one accumulator.
+    """Returns how often to unroll a loop over `count` products, each a loop over its depth, into one accumulator.
 
     Where matrix units take operands from registers, as on sm80, loops in a row differ in how these are kept there: 121
     instructions a step instead of a plain product's 115 (joint, 128 × 128 × 32). One loop, whose operands are chosen
@@ -146,6 +150,7 @@ def unroll(device: torch.device, count: int) -> int:
     return 1 if PRODUCT[architecture(device)] is _AMPERE else count
 
 
+@cache  # sorting takes longer than the rest of a launch's preparation
 def candidates(
     arch: str,
     tokens: int,
@@ -154,8 +159,8 @@ def candidates(
     weight_itemsize: int,
     epilogue: bool = False,
     gradient: bool = False,
-) -> list[Config]:
-    """The configurations that fit the device, best first by the cost model.
+) -> tuple[Config, ...]:
+    """Returns the configurations that fit the device, best first by the cost model.
 
     With an epilogue beyond the bias, or several stages, a tile has at most 128 × 128 numbers: bigger ones run out of
     registers (see bench/static/gpu_static.py).
@@ -176,7 +181,7 @@ def candidates(
         fits = [c for c in fits if c.block_t * c.block_c <= 128 * 128]
     if gradient:
         fits = [c for c in fits if (c.block_t, c.block_c) != TOO_LARGE_FOR_GRADIENTS.get(arch)]
-    return sorted(fits or PRODUCT[arch][-1:], key=cost)
+    return tuple(sorted(fits or PRODUCT[arch][-1:], key=cost))
 
 
 def choose(
@@ -189,7 +194,7 @@ def choose(
     gradient: bool = False,
     keep: int = 3,
 ) -> Config:
-    """The configuration of `kernel` for a shape (tokens, columns, depth) and the types of x and W.
+    """Returns the configuration of `kernel` for a shape (tokens, columns, depth) and the types of x and W.
 
     Args:
         run: launches the kernel with a configuration; the best `keep` candidates are timed with it, once per shape
@@ -212,7 +217,7 @@ def choose(
 
 
 def may_tune() -> bool:
-    """Whether kernels may be timed now."""
+    """Returns whether kernels may be timed now."""
     return (
         torch.cuda.is_available()
         and os.environ.get("MLFS_TUNE", "1") != "0"

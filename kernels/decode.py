@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mlfs.kernels.arguments import (
+    Arguments,
     Stages,
     columns_or_none,
     epilogue_parts,
@@ -138,22 +139,26 @@ def forward(x: Tensor, layer: "LowRankLinear", epilogue: "Epilogue | None" = Non
     if not y.numel():
         return y
     for spans, columns in in_launches(layer.spans):
-        partial = _launch_parts(x, layer.weight, stages, spans)
+        tiles, places = sum(triton.cdiv(length, BLOCK_C) for length in spans[1::2]), span_arguments(spans)
+        partial = _launch_parts(x, layer.weight, stages, columns.stop - columns.start, tiles, places)
         own_operand, own_residual = columns_or_none(operand, columns), columns_or_none(residual, columns)
-        _sum[(_tiles(spans),)](
+        _sum[(tiles,)](
             partial, optional(bias, x), optional(own_operand, x), optional(own_residual, x), y[:, columns],
             parts=partial.shape[0], tokens=x.shape[0], columns=partial.shape[2],
             operand_t=stride_or_zero(operand), residual_t=stride_or_zero(residual), y_t=y.stride(0),
-            **span_arguments(spans), HAS_BIAS=bias is not None, ACTIVATION=activation,
+            **places, HAS_BIAS=bias is not None, ACTIVATION=activation,
             HAS_RESIDUAL=residual is not None, BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return y
 
 
-def _launch_parts(x: Tensor, weight: Tensor, stages: Stages, spans: list[int]) -> Tensor:
-    """Returns (parts, T, columns): the product over some of the depth each, without epilogue."""
+def _launch_parts(x: Tensor, weight: Tensor, stages: Stages, columns: int, tiles: int, places: Arguments) -> Tensor:
+    """Returns (parts, T, columns): the product over some of the depth each, without epilogue.
+
+    Args:
+        tiles: that cover the columns, whose `places` in W are spans.
+    """
     tokens, depth = x.shape
-    columns, tiles = sum(spans[1::2]), _tiles(spans)
     block_k, pipeline = thin(x.device, max(x.dtype.itemsize, weight.dtype.itemsize))
     enough = max(1, 2 * DEVICES[architecture(x.device)].processors // tiles)
     chunk = triton.cdiv(max(triton.cdiv(depth, enough), 1), block_k) * block_k
@@ -164,12 +169,8 @@ def _launch_parts(x: Tensor, weight: Tensor, stages: Stages, spans: list[int]) -
         tokens=tokens, depth=depth, chunk=chunk, columns=columns, x_t=x.stride(0),
         w_k=weight.stride(1), w_c=weight.stride(0),
         a_q=stages.a[0].stride(0) if stages.count else 0, b_c=stages.b[0].stride(0) if stages.count else 0,
-        **stages.scale_arguments(), **span_arguments(spans), STAGES=stages.count, RANK=max(stages.rank, 1),
+        **stages.scale_arguments(), **places, STAGES=stages.count, RANK=max(stages.rank, 1),
         EVEN_K=depth % block_k == 0, PRECISION=precision_of(x), BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=block_k,
         BLOCK_R=max(16, triton.next_power_of_2(stages.width)), num_warps=4, num_stages=pipeline,
     )  # fmt: skip
     return partial
-
-
-def _tiles(spans: list[int]) -> int:
-    return sum(triton.cdiv(length, BLOCK_C) for length in spans[1::2])
