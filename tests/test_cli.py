@@ -60,6 +60,19 @@ def test_help_names_every_verb_and_its_options(verb: str, capsys: Any) -> None:
         assert "--learning_rate" in text and "--fsdp" not in text
 
 
+def test_help_shows_the_methods_options_before_those_of_transformers_with_their_defaults(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    titles = ["Model and sizes:", "Data:", "Method:", "Training, from transformers:", "Help:"]
+    assert sorted(titles, key=text.index) == titles
+    assert (
+        text.index("Method:") < text.index("--rank INTEGER") < text.index("Training, from") < text.index("--seed INT")
+    )
+    assert "Rank of the low-rank stages. (default: 8)" in text
+    assert "+ " not in text.split("Method:")[1] and "config.help" not in text
+
+
 def test_help_all_shows_every_training_argument(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
@@ -153,7 +166,7 @@ def test_the_package_runs_as_the_command() -> None:
 
 @pytest.mark.parametrize("text,message", [
     ("model: minilm\nlearnin_rate: 1\n", "unknown option 'learnin_rate'; did you mean learning_rate"),
-    ("- a\n", "expected a mapping"), ("a: [", "not YAML"),
+    ("fold_stages: true\n", "its name is merge_stages now"), ("- a\n", "expected a mapping"), ("a: [", "not YAML"),
 ])  # fmt: skip
 def test_bad_file_is_refused(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.yaml"

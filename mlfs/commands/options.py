@@ -49,6 +49,8 @@ COMMON = frozenset(
     ]
 )
 DEFAULTS = {"eval_strategy": "epoch", "report_to": "none", "logging_steps": 50}  # instead of transformers'
+GROUPS = {"ModelArguments": "Model and sizes", "DataArguments": "Data", "MLFSArguments": "Method"}
+RENAMED = {"fold_stages": "merge_stages"}
 AS_JSON = ("space", "palette")  # kept as JSON text, and in a file also written as nested YAML
 
 
@@ -155,12 +157,13 @@ def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = 
         prog="mlfs train", usage=USAGE, description=DESCRIPTION, exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
     )  # fmt: skip
-    for kind, title in zip(kinds, ("Model", "Data", "Training"), strict=True):
-        group = parser.add_argument_group(title)
+    groups = {title: parser.add_argument_group(title) for title in (*GROUPS.values(), "Training, from transformers")}
+    for kind in kinds:
         for field in dataclasses.fields(kind):
             if field.name in types:
-                hint = types[field.name]
-                group.add_argument(
+                hint, own = types[field.name], field.name in kind.__annotations__
+                title = GROUPS[kind.__name__] if own else "Training, from transformers"
+                groups[title].add_argument(
                     f"--{field.name}",
                     type=_accepted(field.name, hint),
                     default=DEFAULTS.get(field.name),
@@ -170,6 +173,10 @@ def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = 
     group = parser.add_argument_group("Help")
     group.add_argument("--help", action="store_true", help="show the method's options and the most used of training")
     group.add_argument("--help-all", action="store_true", help="show transformers' TrainingArguments too")
+    for action in parser._actions:  # what jsonargparse adds by itself, and `spell_out` does not let through
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+        if action.dest.endswith(".help") or any("." in option for option in action.option_strings):
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -261,5 +268,7 @@ def _metavar(hint: Any, choices: list[str] | None) -> str:
 
 
 def _nearest(name: str, known: Any) -> str:
+    if name in RENAMED:
+        return f"; its name is {RENAMED[name]} now"
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else "; `mlfs train --help-all` lists all options"
