@@ -53,13 +53,9 @@ def commit() -> str:
 
 
 def command() -> str:
-    """Returns the command line of this process, modules as `python -m` takes them, without the checkout's path."""
+    """Returns the command line of this process: modules as `python -m` takes them, scripts without their folder."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        script = Path(sys.argv[0])
-        program = [script.name if not script.is_absolute() else os.path.relpath(script, ROOT)]
-    else:
-        program = ["-m", spec.name.removesuffix(".__main__")]
+    program = [Path(sys.argv[0]).name] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 
