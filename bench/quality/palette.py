@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Trains the sides that `given` names, and writes each one's figures as soon as there are any."""
     if not given.data.is_dir():
         raise SystemExit(f"{given.data} does not exist: give the folder of SST-2's train.tsv and dev.tsv with --data")
     data = DataArguments(
@@ -103,7 +104,7 @@ def run(given: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are trained and validated on: the same token ids."""
+    """Holds what both sides are trained and validated on: the same token ids."""
 
     raw: RawData
     tokenizer: PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ class Inputs:
     validation: Dataset
 
     def of_trainer(self) -> dict[str, Any]:
-        """The arguments of a Trainer that say what it reads, and how it measures."""
+        """Returns the arguments of a Trainer that say what it reads, and how it measures."""
         return {
             "train_dataset": self.train,
             "eval_dataset": self.validation,
@@ -207,7 +208,7 @@ def train_twins(inputs: Inputs, seed: int) -> Iterator[dict[str, Any]]:
 
 
 class Distilled(Trainer):
-    """A Trainer whose loss is (1 − α) task + α KL(teacher ‖ model) once it has a teacher."""
+    """Trains with the loss (1 − α) task + α KL(teacher ‖ model), once it has a teacher."""
 
     teacher: PreTrainedModel | None = None
 
