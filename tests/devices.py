@@ -8,7 +8,7 @@ on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 
 def move(t: Tensor, device: str) -> Tensor:
-    """t on `device`, laid out in memory as it was."""
+    """Copies `t` to `device`, laid out in memory as it was."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
     flat = t.detach().as_strided((last + 1,), (1,))
     return flat.to(device).as_strided(t.shape, t.stride()).requires_grad_(t.requires_grad)

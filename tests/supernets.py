@@ -12,7 +12,7 @@ HIDDEN, FFN, LAYERS = (48, 40, 32, 24, 16), (40, 24, 16), ((0, 1, 2, 3), (0, 2, 
 
 
 def space_of(name: str, per_layer: bool = False) -> SearchSpace:
-    """The sizes the small models are sliced to; the last choice of layers leaves out layer 0."""
+    """Makes the space that the small models are sliced in; the last choice of layers leaves out layer 0."""
     return SearchSpace(HIDDEN, CASES[name].heads, FFN, LAYERS, per_layer)
 
 
@@ -31,14 +31,15 @@ def perturb(supernet: SuperTransformer, std: float = 0.05, seed: int = 1) -> Sup
 def elastic(
     name: str, suffix: str, dtype: torch.dtype = torch.float32, per_layer: bool = True, std: float = 0.05
 ) -> SuperTransformer:
-    """The small model made elastic: three stages of rank 4, each with an effect."""
+    """Makes the small model elastic: three stages of rank 4, each with an effect."""
     torch.manual_seed(1)
     model = make(name, suffix, dtype=dtype)
     return perturb(SuperTransformer(model, space_of(name, per_layer), rank=4, alpha=8.0), std).eval()
 
 
 def subnets_of(name: str) -> dict[str, Subnet]:
-    """The largest, the smallest, one between of the shape a configuration states, and three with layers that differ."""
+    """Chooses the largest and the smallest subnet, one between that a configuration can state, and a few at random or
+    with layers that differ."""
     space, mixed = space_of(name), space_of(name, per_layer=True)
     heads = CASES[name].heads
     generator = torch.Generator().manual_seed(len(name))
@@ -54,12 +55,12 @@ def subnets_of(name: str) -> dict[str, Subnet]:
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest number expected."""
+    """Computes the largest difference, relative to the largest number expected."""
     assert actual.shape == expected.shape
     assert torch.isfinite(expected).all()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def parameters_of(model: PreTrainedModel | nn.Module) -> int:
-    """How many numbers a model has, each tied one once."""
+    """Counts the parameters of a model, each tied one once."""
     return sum(p.numel() for p in model.parameters())

@@ -27,7 +27,7 @@ def _gpt_like(**extra: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A family's configuration, the head classes it has, and the sizes to slice it to."""
+    """Describes a small model: its configuration, the head classes of its family, and the heads to slice it to."""
 
     config: Callable[[], Any]
     name: str
@@ -36,6 +36,7 @@ class Case:
 
     @property
     def is_decoder(self) -> bool:
+        """Whether the family generates text."""
         return any("LM" in c and "Masked" not in c for c in self.classes)
 
 
@@ -91,12 +92,12 @@ CASES: dict[str, Case] = {
 
 
 def all_models() -> list[tuple[str, str]]:
-    """(case, class suffix) of every family and head."""
+    """Lists (case, class suffix) of every family and head."""
     return [(name, suffix) for name, case in CASES.items() for suffix in case.classes]
 
 
 def make(name: str, suffix: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with weights random enough that every part of it matters (norms and biases too)."""
+    """Makes a model with weights random enough that every part of it matters (norms and biases too)."""
     torch.manual_seed(seed)
     case = CASES[name]
     model = getattr(tf, case.name + suffix)(case.config()).to(dtype).eval()
@@ -109,7 +110,7 @@ def make(name: str, suffix: str, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def inputs(side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Token ids (3, 11) with padding on one side, and their mask."""
+    """Draws token ids (3, 11) with padding on one side, and makes their mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
@@ -120,5 +121,5 @@ def inputs(side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The output's logits; for question answering both ends, stacked."""
+    """Returns the output's logits; for question answering those of both ends, stacked."""
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)

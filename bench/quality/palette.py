@@ -44,7 +44,7 @@ from mlfs.report.table import table
 RESULTS = Path(__file__).parents[1] / "results" / "palette_quality.json"
 ALL, HALF = tuple(range(6)), (0, 2, 4)
 SPACE = SearchSpace(hidden=(384, 288, 192), heads=(12, 9, 6), ffn=(1536, 1152, 768), layers=(ALL, HALF))
-SIZES = (
+SUBNETS = (
     Subnet(384, 12, 1536, ALL),
     Subnet(288, 9, 1152, ALL),
     Subnet(192, 6, 768, ALL),
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    """Trains the sides that `given` names, and writes each one's figures as soon as there are any."""
     if not given.data.is_dir():
         raise SystemExit(f"{given.data} does not exist: give the folder of SST-2's train.tsv and dev.tsv with --data")
     data = DataArguments(
@@ -103,7 +104,7 @@ def run(given: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are trained and validated on: the same token ids."""
+    """Holds what both sides are trained and validated on: the same token ids."""
 
     raw: RawData
     tokenizer: PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ class Inputs:
     validation: Dataset
 
     def of_trainer(self) -> dict[str, Any]:
-        """The arguments of a Trainer that say what it reads, and how it measures."""
+        """Returns the arguments of a Trainer that say what it reads, and how it measures."""
         return {
             "train_dataset": self.train,
             "eval_dataset": self.validation,
@@ -137,7 +138,7 @@ def train_palette(inputs: Inputs, seed: int, options: dict[str, Any]) -> tuple[d
         "stage_epochs": [1.0, 0.5, 0.5],
         "learning_rate": 1e-3,
         "distill_alpha": ALPHA,
-        "palette": json.dumps({str(size): size.to_dict() for size in SIZES}),
+        "palette": json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS}),
         **options,
     }
     args = MLFSArguments(
@@ -155,7 +156,7 @@ def train_palette(inputs: Inputs, seed: int, options: dict[str, Any]) -> tuple[d
     trainer = MLFSTrainer(supernet, args, **inputs.of_trainer())
     metrics = trainer.train().metrics
     seconds = time.perf_counter() - start
-    parameters = {str(size): supernet.count_parameters(size) for size in SIZES}
+    parameters = {str(subnet): supernet.count_parameters(subnet) for subnet in SUBNETS}
     return parameters, {
         "seconds": seconds,
         "stage_seconds": [metrics[f"stage_{stage}_train_runtime"] for stage in range(3)],
@@ -172,9 +173,9 @@ def train_twins(inputs: Inputs, seed: int) -> Iterator[dict[str, Any]]:
     """
     teacher: PreTrainedModel | None = None
     twins: dict[str, Any] = {}
-    for size in SIZES:
+    for subnet in SUBNETS:
         set_seed(seed)
-        slices = SuperTransformer(load_model(MINILM, inputs.raw, inputs.tokenizer), SPACE).extract(size)
+        slices = SuperTransformer(load_model(MINILM, inputs.raw, inputs.tokenizer), SPACE).extract(subnet)
         lora = LoraConfig(
             task_type="SEQ_CLS",
             r=8,
@@ -200,14 +201,14 @@ def train_twins(inputs: Inputs, seed: int) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        twins[str(size)] = {"seconds": seconds, "accuracy": trainer.evaluate()["eval_accuracy"]}
+        twins[str(subnet)] = {"seconds": seconds, "accuracy": trainer.evaluate()["eval_accuracy"]}
         yield dict(twins)
         if teacher is None:
             teacher = model.merge_and_unload().eval().requires_grad_(False)
 
 
 class Distilled(Trainer):
-    """A Trainer whose loss is (1 − α) task + α KL(teacher ‖ model) once it has a teacher."""
+    """Trains with the loss (1 − α) task + α KL(teacher ‖ model), once it has a teacher."""
 
     teacher: PreTrainedModel | None = None
 
@@ -233,13 +234,13 @@ def show(result: dict[str, Any]) -> str:
     """Lays out accuracy and time of every size, and where the figures come from."""
     ours, twins = result.get("mlfs", {}), result.get("peft", {})
     rows: list[dict[str, Any]] = []
-    for size in map(str, SIZES):
-        row: dict[str, Any] = {"hidden/heads/ffn/layers": size}
+    for subnet in map(str, SUBNETS):
+        row: dict[str, Any] = {"hidden/heads/ffn/layers": subnet}
         if ours:
-            row["mlfs, %"] = f"{100 * ours['accuracy'][size]:.1f}"
-        if size in twins:
-            row["PEFT twin, %"] = f"{100 * twins[size]['accuracy']:.1f}"
-            row["PEFT twin, s"] = f"{twins[size]['seconds']:.0f}"
+            row["mlfs, %"] = f"{100 * ours['accuracy'][subnet]:.1f}"
+        if subnet in twins:
+            row["PEFT twin, %"] = f"{100 * twins[subnet]['accuracy']:.1f}"
+            row["PEFT twin, s"] = f"{twins[subnet]['seconds']:.0f}"
         rows.append(row)
     lines = [table(rows)]
     for side, origin in result.get("environments", {}).items():
@@ -249,7 +250,7 @@ def show(result: dict[str, Any]) -> str:
         lines.append(
             f"mlfs, all sizes: {ours['seconds']:.0f} s (stages {', '.join(f'{s:.0f}' for s in ours['stage_seconds'])})"
         )
-    if len(twins) == len(SIZES):
+    if len(twins) == len(SUBNETS):
         total = sum(twin["seconds"] for twin in twins.values())
         lines.append(f"PEFT, all sizes: {total:.0f} s" + (f"; ratio {ours['seconds'] / total:.2f}" if ours else ""))
     return "\n".join(lines)

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.speed.cpu_models import (
-    DECODER_SIZES,
-    ENCODER_SIZES,
+    DECODER_SUBNETS,
+    ENCODER_SUBNETS,
     encoder_batch,
     one_sentence,
     supernet_of,
@@ -26,14 +26,14 @@ def inference(repeats: int) -> dict[str, Any]:
     supernet = with_stages(supernet_of("encoder")).eval()
     padded = {name: value for name, value in encoder_batch().items() if name != "labels"}
     batches = {"1": one_sentence(), "32": padded, "32, without padding": padded}
-    for size in ENCODER_SIZES:
-        small = supernet.extract(size).eval()
+    for subnet in ENCODER_SUBNETS:
+        small = supernet.extract(subnet).eval()
         for rows, batch in batches.items():
             variants = {
-                "mlfs": _active_call(supernet, size, batch, packs="without" in rows),
+                "mlfs": _active_call(supernet, subnet, batch, packs="without" in rows),
                 "extracted": _plain_call(small, batch),
             }
-            case = f"{size}, batch {rows}"
+            case = f"{subnet}, batch {rows}"
             times = alternate(variants, 3 * repeats, case)
             found[case] = {name: spread(values) for name, values in times.items()}
             found[case]["ratio"] = spread(ratios(times["mlfs"], times["extracted"]))
@@ -52,11 +52,11 @@ def decoding(repeats: int) -> dict[str, Any]:
     source = torch.randn(64 << 20)
     target = torch.empty_like(source)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    for size in DECODER_SIZES:
-        small = supernet.extract(size).eval()
+    for subnet in DECODER_SUBNETS:
+        small = supernet.extract(subnet).eval()
 
-        def active(size: Subnet = size) -> None:
-            with torch.inference_mode(), supernet.activate(size):
+        def active(subnet: Subnet = subnet) -> None:
+            with torch.inference_mode(), supernet.activate(subnet):
                 supernet.generate(prompt, **options)
 
         def plain(small: PreTrainedModel = small) -> None:
@@ -64,10 +64,10 @@ def decoding(repeats: int) -> dict[str, Any]:
                 small.generate(prompt, **options)
 
         variants = {"mlfs": active, "extracted": plain, "copy": lambda: target.copy_(source)}
-        times = alternate(variants, max(repeats // 2, 3), f"decoding {size}")
+        times = alternate(variants, max(repeats // 2, 3), f"decoding {subnet}")
         bandwidth = 2 * source.nbytes / median(times["copy"])
-        read = 4 * supernet.count_parameters(size) * tokens  # bytes of fp32
-        found[str(size)] = {
+        read = 4 * supernet.count_parameters(subnet) * tokens  # bytes of fp32
+        found[str(subnet)] = {
             "mlfs tokens/s": tokens / median(times["mlfs"]),
             "extracted tokens/s": tokens / median(times["extracted"]),
             "ratio": spread(ratios(times["extracted"], times["mlfs"])),
@@ -76,9 +76,11 @@ def decoding(repeats: int) -> dict[str, Any]:
     return found
 
 
-def _active_call(supernet: SuperTransformer, size: Subnet, batch: dict[str, Tensor], packs: bool) -> Callable[[], None]:
+def _active_call(
+    supernet: SuperTransformer, subnet: Subnet, batch: dict[str, Tensor], packs: bool
+) -> Callable[[], None]:
     def call() -> None:
-        with torch.inference_mode(), supernet.activate(size), without_padding(packs):
+        with torch.inference_mode(), supernet.activate(subnet), without_padding(packs):
             supernet(**batch)
 
     return call
@@ -94,12 +96,12 @@ def _plain_call(model: PreTrainedModel, batch: dict[str, Tensor]) -> Callable[[]
 
 def _switching(supernet: SuperTransformer, batch: dict[str, Tensor], repeats: int) -> float:
     """Returns the seconds that a call takes longer because the one before ran another size."""
-    a, b = ENCODER_SIZES[1:3]
+    a, b = ENCODER_SUBNETS[1:3]
 
     def calls(order: tuple[Subnet, ...]) -> Callable[[], None]:
         def run() -> None:
-            for size in order:
-                with torch.inference_mode(), supernet.activate(size):
+            for subnet in order:
+                with torch.inference_mode(), supernet.activate(subnet):
                     supernet(**batch)
 
         return run

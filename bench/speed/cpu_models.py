@@ -16,7 +16,7 @@ ENCODER = SearchSpace(
     ffn=(1536, 1152, 768),
     layers=(ENCODER_LAYERS, (0, 2, 4)),
 )
-ENCODER_SIZES = (
+ENCODER_SUBNETS = (
     Subnet(384, 12, 1536, ENCODER_LAYERS),
     Subnet(288, 9, 1152, ENCODER_LAYERS),
     Subnet(192, 6, 768, ENCODER_LAYERS),
@@ -28,7 +28,7 @@ DECODER = SearchSpace(
     ffn=(1536, 1024),
     layers=(DECODER_LAYERS, evenly_spaced(30, 20)),
 )
-DECODER_SIZES = tuple(
+DECODER_SUBNETS = tuple(
     Subnet(hidden, heads, ffn, layers)
     for layers in DECODER.layers
     for hidden, heads, ffn in zip(DECODER.hidden, DECODER.heads, DECODER.ffn, strict=True)

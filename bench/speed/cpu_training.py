@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from bench.speed.cpu_models import (
-    DECODER_SIZES,
-    ENCODER_SIZES,
+    DECODER_SUBNETS,
+    ENCODER_SUBNETS,
     decoder_batch,
     encoder_batch,
     load,
@@ -33,12 +33,12 @@ ALPHA, RATE = 0.9, 1e-3  # share of the KL divergence, learning rate: the same o
 
 def encoder(repeats: int) -> dict[str, Any]:
     """Times training steps of the encoder over four sizes."""
-    return _train("encoder", ENCODER_SIZES, encoder_batch(), repeats)
+    return _train("encoder", ENCODER_SUBNETS, encoder_batch(), repeats)
 
 
 def decoder(repeats: int) -> dict[str, Any]:
     """Times training steps of the decoder over four sizes."""
-    return _train("decoder", DECODER_SIZES, decoder_batch(), max(repeats // 3, 3))
+    return _train("decoder", DECODER_SUBNETS, decoder_batch(), max(repeats // 3, 3))
 
 
 def memory(repeats: int) -> dict[str, Any]:
@@ -61,17 +61,17 @@ def scaling(repeats: int) -> list[dict[str, Any]]:
     supernet, batch = supernet_of("encoder"), encoder_batch()
     cases: dict[str, tuple[tuple[Subnet, ...], dict[str, Tensor]]] = {}
     for count in (1, 2, 4, 8):
-        cases[f"{count} subnets"] = (ENCODER_SIZES * 2)[:count], batch
+        cases[f"{count} subnets"] = (ENCODER_SUBNETS * 2)[:count], batch
     for rows in (8, 16, 64):
-        cases[f"{rows} sentences"] = ENCODER_SIZES, encoder_batch(rows)
-    for size in ENCODER_SIZES[:3]:
-        cases[f"hidden {size.hidden}"] = (size,), batch
-    variants = {name: mlfs_step(supernet, sizes, inputs) for name, (sizes, inputs) in cases.items()}
+        cases[f"{rows} sentences"] = ENCODER_SUBNETS, encoder_batch(rows)
+    for subnet in ENCODER_SUBNETS[:3]:
+        cases[f"hidden {subnet.hidden}"] = (subnet,), batch
+    variants = {name: mlfs_step(supernet, subnets, inputs) for name, (subnets, inputs) in cases.items()}
     times = alternate({**variants, "product": torch_product}, max(repeats // 2, 3), "scaling")
     rate = SQUARE_FLOPS / median(times["product"])
     rows_of_table = []
-    for name, (sizes, inputs) in cases.items():
-        floor = _linear_flops(supernet, sizes, inputs) / rate
+    for name, (subnets, inputs) in cases.items():
+        floor = _linear_flops(supernet, subnets, inputs) / rate
         took = median(times[name])
         rows_of_table.append({"case": name, "seconds": took, "floor": floor, "seconds / floor": took / floor})
     return rows_of_table
@@ -85,7 +85,7 @@ def peak_of(variant: str) -> int:
         load("encoder")
         return _peak()
     if variant == "mlfs":
-        step = mlfs_step(supernet_of("encoder"), ENCODER_SIZES, batch)
+        step = mlfs_step(supernet_of("encoder"), ENCODER_SUBNETS, batch)
     else:
         teacher = load("encoder").eval().requires_grad_(False)
         step = peft_step(load("encoder"), teacher, batch, causal=False)
@@ -94,8 +94,8 @@ def peak_of(variant: str) -> int:
     return _peak()
 
 
-def mlfs_step(supernet: SuperTransformer, sizes: tuple[Subnet, ...], batch: dict[str, Tensor]) -> Callable[[], None]:
-    """Makes a function that takes one step of stage 2 over `sizes`, the optimizer's included."""
+def mlfs_step(supernet: SuperTransformer, subnets: tuple[Subnet, ...], batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Makes a function that takes one step of stage 2 over `subnets`, the optimizer's included."""
     args = MLFSArguments(
         output_dir=tempfile.mkdtemp(),
         report_to=[],
@@ -103,7 +103,7 @@ def mlfs_step(supernet: SuperTransformer, sizes: tuple[Subnet, ...], batch: dict
         dropout_stages=[2],
         distill_alpha=ALPHA,
         distill_beta=[0.0],
-        subnets_per_step=len(sizes),
+        subnets_per_step=len(subnets),
         learning_rate=RATE,
         use_cpu=True,
     )
@@ -111,7 +111,7 @@ def mlfs_step(supernet: SuperTransformer, sizes: tuple[Subnet, ...], batch: dict
     trainer.stage = 2
     supernet.train_stage(2)
     supernet.merge_stages(2)
-    trainer.draw_subnets = lambda: list(sizes)  # type: ignore[method-assign]
+    trainer.draw_subnets = lambda: list(subnets)  # type: ignore[method-assign]
     trainer.current_gradient_accumulation_steps = 1
     optimizer = trainer.create_optimizer()
 
@@ -151,13 +151,13 @@ def peft_step(
     return step
 
 
-def _train(model: str, sizes: tuple[Subnet, ...], batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:
+def _train(model: str, subnets: tuple[Subnet, ...], batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:
     supernet = supernet_of(model)
     teacher = load(model).eval().requires_grad_(False)
-    variants: dict[str, Callable[[], Any]] = {"mlfs": mlfs_step(supernet, sizes, batch)}
-    for size in sizes:
-        twin = supernet_of(model).extract(size)
-        variants[f"PEFT {size}"] = peft_step(twin, teacher, batch, causal=model == "decoder")
+    variants: dict[str, Callable[[], Any]] = {"mlfs": mlfs_step(supernet, subnets, batch)}
+    for subnet in subnets:
+        twin = supernet_of(model).extract(subnet)
+        variants[f"PEFT {subnet}"] = peft_step(twin, teacher, batch, causal=model == "decoder")
     variants["torch product"] = torch_product
     if why_no_cpp() is None:
         variants["extension product"] = extension_product
@@ -168,7 +168,7 @@ def _train(model: str, sizes: tuple[Subnet, ...], batch: dict[str, Tensor], repe
     extension_rate = 0.0
     if "extension product" in times:
         extension_rate = SQUARE_FLOPS / median(times["extension product"])
-    floor = _linear_flops(supernet, sizes, batch) / rate
+    floor = _linear_flops(supernet, subnets, batch) / rate
     relative = median(times["mlfs"]) / floor
     return {
         "sizes": {size: spread(values) for size, values in of_peft.items()},
@@ -184,18 +184,18 @@ def _train(model: str, sizes: tuple[Subnet, ...], batch: dict[str, Tensor], repe
     }
 
 
-def _linear_flops(supernet: SuperTransformer, sizes: tuple[Subnet, ...], batch: dict[str, Tensor]) -> int:
-    """Counts the operations of the linear layers in one step over `sizes`, for the tokens that are no padding."""
-    return sum(_flops_per_token(supernet, size) for size in sizes) * int(batch["attention_mask"].sum())
+def _linear_flops(supernet: SuperTransformer, subnets: tuple[Subnet, ...], batch: dict[str, Tensor]) -> int:
+    """Counts the operations of the linear layers in one step over `subnets`, for the tokens that are no padding."""
+    return sum(_flops_per_token(supernet, subnet) for subnet in subnets) * int(batch["attention_mask"].sum())
 
 
-def _flops_per_token(supernet: SuperTransformer, size: Subnet) -> int:
-    """Counts the operations for a token of the linear layers inside `size`: forward, and the gradient of their input.
+def _flops_per_token(supernet: SuperTransformer, subnet: Subnet) -> int:
+    """Counts the operations for a token of the linear layers inside `subnet`: forward, and the gradient of their input.
 
     The head counts where it is one of the vocabulary's. Projections of the first layer need no gradient of their input.
     """
-    layer_sizes, total = supernet.layer_sizes(size), 0
-    first_layer = f"{supernet.layers_name}.{size.layers[0]}."
+    layer_sizes, total = supernet.layer_sizes(subnet), 0
+    first_layer = f"{supernet.layers_name}.{subnet.layers[0]}."
     projections = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
     for name, module in supernet.model.named_modules():
         if not isinstance(module, ElasticLinear) or module.owned or "pooler" in name:

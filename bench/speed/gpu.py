@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def missing() -> str | None:
-    """Why nothing can be measured here, or None."""
+    """Says why nothing can be measured here; None if it can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -77,6 +77,7 @@ def missing() -> str | None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Checks, then times; writes the result after every case, so that a run that is cut off leaves what it found."""
     import torch
     from tqdm import tqdm
 
@@ -129,7 +130,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def correctness(dry: bool) -> dict[str, Any]:
-    """Counts of `pytest -m gpu`, in a process of its own; anything but passed and skipped tests is wrong, and none."""
+    """Runs `pytest -m gpu` in a process of its own and counts its tests.
+
+    "wrong" is whether a test failed, or none ran.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not gpu" if dry else "gpu"]
     if dry:
         command += ["tests/kernels/test_offsets.py"]
@@ -175,11 +179,12 @@ def _driver() -> str | None:
 
 
 def failed(result: dict[str, Any]) -> bool:
+    """Tells whether a test or a contender failed."""
     return result.get("correctness", {}).get("wrong", False) or any(row["errors"] for row in result["rows"])
 
 
 def show(result: dict[str, Any]) -> str:
-    """The table, and below it what the shares are of, what failed, and where."""
+    """Lays out the table, and below it what the shares are of and which contender failed at what."""
     from mlfs.report.table import table
 
     lines = [] if result["measurement"] else [NO_CLAIM]

@@ -29,7 +29,7 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, what is sliced out of it, and the batch (rows, tokens) of a training step."""
+    """Describes a model, what is sliced out of it, and the batch (rows, tokens) of a training step."""
 
     name: str
     make: Callable[[PretrainedConfig], PreTrainedModel]
@@ -41,12 +41,14 @@ class Workload:
 
     @property
     def space(self) -> SearchSpace:
+        """The space of the two subnets."""
         pairs = {name: (getattr(self.full, name), getattr(self.half, name)) for name in ("hidden", "heads", "ffn")}
         layers = (self.full.layers,) if self.full.layers == self.half.layers else (self.full.layers, self.half.layers)
         return SearchSpace(**pairs, layers=layers)
 
 
 def workloads(tiny: bool) -> list[Workload]:
+    """Lists the models, with random weights; `tiny` ones only show whether the code runs."""
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # contenders draw other masks
     if tiny:
         sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16,
@@ -83,7 +85,7 @@ def workloads(tiny: bool) -> list[Workload]:
 
 
 def training_cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bool) -> Iterator[Case]:
-    """A step of one size (whole, half), eager and recorded; and an iteration of four sizes."""
+    """Yields a step of one subnet (full, half), eager and recorded; and a step over four subnets."""
     for dtype in dtypes:
         for load in workloads(tiny):
             rows, tokens = load.batch
@@ -94,12 +96,12 @@ def training_cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bo
                     flops=lambda found: _flops(found["no adapter"].run),
                 )  # fmt: skip
             if not (tiny and load.context):
-                name = f"iteration of 4 sizes, {load.name}, {rows} x {tokens} tokens each"
-                yield Case("training", name, dtype, partial(_iterations, load, device, dtype), graph=False)
+                name = f"one step over 4 subnets, {load.name}, {rows} x {tokens} tokens each"
+                yield Case("training", name, dtype, partial(_joint_steps, load, device, dtype), graph=False)
 
 
 def decoding_cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bool) -> Iterator[Case]:
-    """One token after a context, eager; and one token alone, recorded."""
+    """Yields one decoded token after a context, eager; and one token alone, recorded."""
     for dtype in dtypes:
         for load in (load for load in workloads(tiny) if load.context):
             for share, graph in _variants(quick):
@@ -113,13 +115,13 @@ def decoding_cases(device: str, dtypes: list[torch.dtype], tiny: bool, quick: bo
 
 
 def _variants(quick: bool) -> list[tuple[str, bool]]:
-    """(share, whether recorded)."""
+    """Lists (share of the model, whether runs are recorded)."""
     return [(share, graph) for share in (("half",) if quick else ("full", "half")) for graph in (False, True)]
 
 
 @dataclass
 class Models:
-    """The super-transformer, and what stands beside it: PEFT on the extracted model, and that model alone."""
+    """Holds a super-transformer and its contenders: PEFT on the extracted model, and that model alone."""
 
     supernet: SuperTransformer
     peft: Any
@@ -141,7 +143,7 @@ class Models:
         return cls(supernet, peft, plain, slices)
 
     def copy(self) -> None:
-        """What materialising the slice costs."""
+        """Copies the slice into smaller weights, which is what this costs."""
         for part in self.slices:
             part.clone(memory_format=torch.contiguous_format)
 
@@ -221,7 +223,7 @@ def _steps(load: Workload, subnet: Subnet, device: str, dtype: torch.dtype) -> d
     }
 
 
-def _iterations(load: Workload, device: str, dtype: torch.dtype) -> dict[str, Contender]:
+def _joint_steps(load: Workload, device: str, dtype: torch.dtype) -> dict[str, Contender]:
     """The same batch at four sizes, then AdamW: all in one pass, one after the other, and four models of PEFT's."""
     supernet, batch = _supernet(load, device, dtype), _batch(load, device)
     full, half = load.full, load.half

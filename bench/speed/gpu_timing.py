@@ -17,7 +17,7 @@ FLUSHED = 256 << 20  # bytes written between two runs: more than any GPU's secon
 
 @dataclass
 class Contender:
-    """`run` is what is timed; `look` gives what it must agree on with the others, or is None."""
+    """Pairs what is timed, `run`, with `look`, which gives the numbers that contenders must agree on (or is None)."""
 
     run: Run
     look: Callable[[], Tensor] | None = None
@@ -25,19 +25,25 @@ class Contender:
 
 @dataclass
 class Case:
-    """One line of the table: the contenders, ours first, and the work that each cannot do without."""
+    """Describes one line of the table: the contenders, ours first, and the work that none can do without.
+
+    Attributes:
+        build: makes the contenders.
+        graph: whether a run is recorded once and replayed: the device's time, without Python's.
+        flops, bytes: operations, and bytes read or written, of one run.
+    """
 
     section: str
     name: str
     dtype: torch.dtype
     build: Callable[[], dict[str, Contender]]
-    graph: bool = True  # recorded once and replayed: the device's time, without Python's
+    graph: bool = True
     flops: float | Callable[[dict[str, Contender]], float] | None = None
     bytes: float | None = None
 
 
 class Clock:
-    """Times on one device.
+    """Measures times on one device.
 
     Args:
         rounds: how often each contender runs.
@@ -50,7 +56,7 @@ class Clock:
         self._scratch = torch.empty(scratch, dtype=torch.int8, device=device)
 
     def compare(self, runs: Mapping[str, Run], flush: bool = True) -> dict[str, list[float]]:
-        """Seconds of each run of each contender, all warm. Who goes first changes from round to round."""
+        """Returns the seconds of each run of each contender. All are warm; who goes first changes with every round."""
         names = list(runs)
         marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
         for turn in range(self.rounds):
@@ -65,7 +71,7 @@ class Clock:
         return {name: [self._seconds(*pair) for pair in pairs] for name, pairs in marks.items()}
 
     def record(self, run: Run) -> Run:
-        """`run` as a CUDA graph's replay; on a CPU as it is."""
+        """Records `run` as a CUDA graph and returns its replay; on a CPU returns `run`."""
         if self.device == "cpu":
             return run
         aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -79,24 +85,24 @@ class Clock:
         return graph.replay
 
     def ceilings(self, dtypes: list[torch.dtype], size: int, copied: int) -> dict[str, float]:
-        """FLOP/s of a large matrix product of each type, and bytes/s (read and written) of a large copy."""
+        """Measures FLOP/s of a large matrix product of each dtype, and bytes/s (read and written) of a large copy."""
         found = {}
         for dtype in dtypes:
             a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             found[name_of(dtype)] = 2 * size**3 / self._alone(partial(torch.mm, a, b, out=out))
         source = torch.zeros(copied, dtype=torch.int8, device=self.device)
-        goal = torch.empty_like(source)
-        found["bytes"] = 2 * copied / self._alone(lambda: goal.copy_(source))
+        target = torch.empty_like(source)
+        found["bytes"] = 2 * copied / self._alone(lambda: target.copy_(source))
         return found
 
     def warm(self, run: Run) -> None:
-        """Compiles, tunes, allocates."""
+        """Runs a contender untimed: kernels are compiled and tuned, memory is allocated."""
         for _ in range(self.warm_up):
             run()
 
     def wait(self) -> None:
-        """Until all that was started is done."""
+        """Waits until all that was started is done."""
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -122,9 +128,9 @@ class Clock:
 
 
 def measure(case: Case, clock: Clock, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """The row of one case: each contender's median and quartiles (s), and how many times as long as ours it takes.
+    """Measures one case: each contender's median and quartiles in seconds, and how many times as long as ours it takes.
 
-    A contender that raises, or whose numbers are not ours, is left out of the timing; why stands under "errors".
+    A contender that raises, or whose numbers are not ours, is not timed; the reason is under "errors".
     """
     row: dict[str, Any] = {"section": case.section, "case": case.name, "type": name_of(case.dtype)}
     row |= {"mode": "graph" if case.graph else "eager", "rounds": clock.rounds, "errors": {}}
@@ -153,33 +159,34 @@ def measure(case: Case, clock: Clock, ceilings: Mapping[str, float]) -> dict[str
     if ours not in runs:
         return row
     try:
-        row["times"] = {name: spread(seconds) for name, seconds in clock.compare(runs, flush=case.graph).items()}
-        mine = row["times"][ours]["median"]
-        row["ratios"] = {name: times["median"] / mine for name, times in row["times"].items() if name != ours}
+        row["times"] = {name: spread(times) for name, times in clock.compare(runs, flush=case.graph).items()}
+        seconds = row["times"][ours]["median"]
+        row["ratios"] = {name: times["median"] / seconds for name, times in row["times"].items() if name != ours}
         flops = case.flops(contenders) if callable(case.flops) else case.flops
         if flops is not None:
-            row["of FLOP/s"] = flops / mine / ceilings[name_of(case.dtype)]
+            row["of FLOP/s"] = flops / seconds / ceilings[name_of(case.dtype)]
         if case.bytes is not None:
-            row["of bytes/s"] = case.bytes / mine / ceilings["bytes"]
+            row["of bytes/s"] = case.bytes / seconds / ceilings["bytes"]
     except Exception as error:
         row["errors"]["timing"] = _said(error)
     return row
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Computes median and quartiles."""
     low, middle, high = quantiles(seconds, n=4, method="inclusive")
     return {"median": middle, "q1": low, "q3": high}
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Names a dtype as the results do, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def _agree(found: Tensor, ours: Callable[[], Tensor] | None, dtype: torch.dtype) -> None:
     assert ours is not None
-    right, mine = ours().double(), found.double()
-    error = ((mine - right).norm() / right.norm()).item()
+    expected, actual = ours().double(), found.double()
+    error = ((actual - expected).norm() / expected.norm()).item()
     if not error <= (2e-3 if dtype == torch.float32 else 5e-2):  # NaN is not
         raise ArithmeticError(f"its numbers are not ours: relative distance {error:.2g}")
 

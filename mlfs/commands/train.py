@@ -70,7 +70,7 @@ def finish(trainer: MLFSTrainer, raw: RawData) -> list[dict[str, Any]]:
     """Evaluates the palette, prints it as a table and writes it as JSON."""
     rows = trainer.results(trainer.evaluate())
     if trainer.is_world_process_zero():
-        print("\n" + results_table(rows, raw.task))
+        print("\n" + results_table(rows))
         path = trainer.run_folder / RESULTS_NAME
         write_json(path, {"task": raw.task, "palette": rows})
         print(f"\nwritten to {path}")

@@ -1,4 +1,4 @@
-"""`DataArguments`: where the data is, and how to read it."""
+"""`DataArguments`, which says where the data is and how to read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ TASKS = ("auto", "classification", "regression", "causal-lm")
 
 @dataclass
 class DataArguments:
-    """Where the data is and how to read it; made for `transformers.HfArgumentParser`, or by keyword."""
+    """Says where the data is and how to read it; each field's metadata has its help.
+
+    Made by keyword, or from the command line by `transformers.HfArgumentParser`.
+
+    Raises:
+        MLFSError: a value is none of the choices, or is out of range.
+    """
 
     train_file: str | None = field(
         default=None,

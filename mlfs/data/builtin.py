@@ -1,4 +1,4 @@
-"""Data sets that every installation returns_input: documentation strings and the standard library's source.
+"""Makes data sets of what every installation has: documentation strings and the standard library's source.
 
 `docstring_dataset` is a text classification task: which package is a documentation string from? Both splits are read
 with `ast` from source files, none of which is imported. A module is in one split only and no text occurs twice, so that
@@ -48,14 +48,21 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def docstring_dataset(
     seed: int = 0, max_train: int = 4800, max_validation: int = 800
 ) -> tuple[Dataset, Dataset, list[str], float]:
-    """First paragraphs of documentation strings, to be told apart by package. Takes some ten seconds.
+    """Collects first paragraphs of documentation strings, to be told apart by package. Takes some ten seconds.
 
-    Returns `(train, validation, label_names, majority)`: data sets of `text` (str, 80 to 320 characters) and `label`
-    (`ClassLabel`), with as many texts of each class and in random order; the class names, those packages of `PACKAGES`
-    that are installed; and the share of validation that the most frequent training class makes up. The same seed and
-    the same installed versions give the same data.
+    Args:
+        seed: decides which texts are chosen and their order; with the same installed versions it gives the same data.
+        max_train, max_validation: the most texts of each data set, all classes together.
 
-    Raises `MLFSError` when fewer than four of the packages are installed with their source.
+    Returns:
+        `(train, validation, label_names, majority)`: two data sets of `text` (str, 80 to 320 characters) and `label`
+        (`ClassLabel`), with equally many texts of each class, in random order; the names of the classes, which are the
+        packages of `PACKAGES` that are installed; and the share of validation texts that belong to the most frequent
+        class of training.
+
+    Raises:
+        MLFSError: fewer than four of the packages are installed with their source, or there are fewer texts than
+            classes.
     """
     names = sorted(name for name in PACKAGES if _source_folder(name) is not None)
     if len(names) < 4:
@@ -69,12 +76,17 @@ def docstring_dataset(
     owners = Counter(key for splits in found.values() for key in {**splits["train"], **splits["validation"]})
     sets = {}
     for split, quota in quotas.items():
-        texts = {n: [t for key, t in found[n][split].items() if owners[key] == 1][:quota] for n in names}
+        texts: dict[str, list[str]] = {}
+        for name in names:
+            # A text that two packages have says nothing of either.
+            own = [text for key, text in found[name][split].items() if owners[key] == 1]
+            texts[name] = own[:quota]
         count = min(map(len, texts.values()))
-        rows = [(text, label) for label, n in enumerate(names) for text in texts[n][:count]]
+        rows = [(text, label) for label, name in enumerate(names) for text in texts[name][:count]]
         random.Random(f"{seed} {split}").shuffle(rows)
         features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-        sets[split] = Dataset.from_dict({"text": [t for t, _ in rows], "label": [i for _, i in rows]}, features)
+        columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+        sets[split] = Dataset.from_dict(columns, features)
     train, validation = sets["train"], sets["validation"]
     if not len(train) or not len(validation):
         raise MLFSError("a package of the demo data has too few documentation strings; reinstall it with its source")
@@ -85,13 +97,20 @@ def docstring_dataset(
 def stdlib_source(
     seed: int = 0, validation_fraction: float = 0.1, max_documents: int | None = None
 ) -> tuple[Dataset, Dataset]:
-    """The standard library's source files as documents, `(train, validation)`, for causal-lm.
+    """Collects the standard library's source files as documents for causal-lm.
 
-    Columns: `text` (a whole file) and `module` (its path, such as `json/decoder.py`). All files of a top-level module
-    are in one split; `validation_fraction` is a share of the characters. `max_documents` bounds the files of each
-    split. Tests and the packages that pip installs are left out; files are in random order, the same for one seed.
+    All files of a top-level module are in one split. Tests and the packages that pip installs are left out.
 
-    Raises `MLFSError` where the standard library is installed without source.
+    Args:
+        seed: decides the split and the random order of the files.
+        validation_fraction: the share of all bytes that validation gets, or a little less.
+        max_documents: the most files of each split (default: all).
+
+    Returns:
+        `(train, validation)`: data sets of `text` (a whole file) and `module` (its path, such as `json/decoder.py`).
+
+    Raises:
+        MLFSError: the standard library is installed without source, or a split would be empty.
     """
     root = _source_folder("stdlib")
     files = _source_files(root) if root is not None else []
@@ -115,15 +134,19 @@ def stdlib_source(
     splits: list[Dataset] = []
     for chosen in (modules.keys() - held, held):
         paths = [path for path in files if path.relative_to(root).parts[0].removesuffix(".py") in chosen]
-        rows = {"text": [_read(p) for p in paths[:max_documents]]}
-        rows["module"] = [p.relative_to(root).as_posix() for p in paths[:max_documents]]
-        splits.append(Dataset.from_dict(rows))
+        paths = paths[:max_documents]
+        texts = [_read(path) for path in paths]
+        names = [path.relative_to(root).as_posix() for path in paths]
+        splits.append(Dataset.from_dict({"text": texts, "module": names}))
     return splits[0], splits[1]
 
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    # It searches syntax trees, which have no cycles, again and again: 11.8 s with it, 6.7 s without.
+    """Switches Python's garbage collector off inside the block.
+
+    It searches syntax trees, which have no cycles, again and again: 11.8 s with it, 6.7 s without.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -134,6 +157,7 @@ def _collector_off() -> Iterator[None]:
 
 
 def _source_folder(name: str) -> Path | None:
+    """Finds a package's folder without importing it; None where it is not installed."""
     if name == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(name)
@@ -142,6 +166,7 @@ def _source_folder(name: str) -> Path | None:
 
 
 def _source_files(root: Path) -> list[Path]:
+    """Lists the Python files below `root` that are no tests, in a fixed order."""
     files = (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts))
     return sorted(path for path in files if not path.name.startswith(("test_", "conftest")))
 
@@ -151,7 +176,7 @@ def _read(path: Path) -> str:
 
 
 def _paragraphs(name: str, seed: int, train_share: float, quotas: dict[str, int]) -> dict[str, dict[str, str]]:
-    """Texts of a package by split, each under the key that decides whether two are the same."""
+    """Collects the texts of a package by split, each under the key that decides whether two are the same."""
     root = _source_folder(name)
     files = _source_files(root) if root is not None else []
     order = random.Random(f"{seed} {name}")
@@ -175,6 +200,7 @@ def _paragraphs(name: str, seed: int, train_share: float, quotas: dict[str, int]
 
 
 def _documentation(path: Path) -> Iterator[str]:
+    """Yields the beginning of every documentation string of a file that is long enough."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -193,7 +219,7 @@ def _documentation(path: Path) -> Iterator[str]:
 
 
 def _beginning(docstring: str) -> str | None:
-    """As many first paragraphs as make a text, masked, on one line, cut at a word; None where there is too little."""
+    """Joins first paragraphs to a text: masked, on one line, cut at a word; None if there is too little."""
     text = ""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
         if _SECTION.match(paragraph):

@@ -1,4 +1,4 @@
-"""Which columns are text and label, and what the labels mean. The rules are stated in `mlfs.data.raw`."""
+"""Finds which columns are text and label, and what the labels mean. The rules are stated in `mlfs.data.raw`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from datasets import ClassLabel, Dataset
 from mlfs.data.arguments import DataArguments
 from mlfs.errors import MLFSError
 
-# TYPE DataArguments
-
-
-LABEL_NAMES: tuple[str, ...] = (
+# Names that label columns have, beside "label"; in any case.
+LABEL_NAMES = (
     "labels",
     "quality",
     "target",
@@ -25,9 +23,12 @@ LABEL_NAMES: tuple[str, ...] = (
     "score",
     "similarity",
     "similarity_score",
+    "gold_label",
+    "is_duplicate",
+    "sentiment",
 )
-LABEL_NAMES += ("gold_label", "is_duplicate", "sentiment")
 ID_NAMES = ("id", "idx", "index", "uid", "guid", "qid", "pairid", "promptid")
+# What benchmarks call the text, or the two texts of a pair; the first that is there is taken.
 KNOWN_TEXTS: tuple[tuple[str, ...], ...] = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -48,14 +49,20 @@ GLUE_TEXTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mrpc", "stsb", "rte", "wnli"), _PAIR),
     **dict.fromkeys(("mnli", "mnli_matched", "mnli_mismatched"), ("premise", "hypothesis")),
 }
-MAX_WHOLE_FLOATS = 20
+MAX_WHOLE_FLOATS = 20  # more distinct whole-numbered floats than that are measurements, not classes
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set and what messages call it."""
+    """Holds one data set and what messages call it.
+
+    Attributes:
+        name: "train" or "validation".
+        place: the name with its file or Hub data set, for messages.
+        rows: the data set.
+    """
 
     name: str
     place: str
@@ -63,11 +70,16 @@ class Part:
 
     @property
     def found(self) -> str:
+        """The columns there are, for messages."""
         return "its columns are " + ", ".join(repr(column) for column in self.rows.column_names)
 
 
 def parts_of(train: Dataset | None, validation: Dataset | None, args: DataArguments) -> list[Part]:
-    """The data sets there are, training first."""
+    """Lists the data sets that are given, training first.
+
+    Raises:
+        MLFSError: none is given, or one has no rows.
+    """
     hub = " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
     named = (("train", train, args.train_file), ("validation", validation, args.validation_file))
     parts = []
@@ -84,13 +96,19 @@ def parts_of(train: Dataset | None, validation: Dataset | None, args: DataArgume
 
 
 def glue_name(args: DataArguments) -> str | None:
-    """The GLUE task, where the data is `glue` or `nyu-mll/glue` of the Hub."""
+    """Returns the GLUE task, such as "sst2", if the data is `glue` or `nyu-mll/glue` of the Hub; else None."""
     is_glue = args.dataset_name is not None and args.dataset_name.rstrip("/").split("/")[-1] == "glue"
     return args.dataset_config_name if is_glue else None
 
 
 def find_columns(part: Part, args: DataArguments) -> tuple[str, tuple[str, ...], str | None]:
-    """The task, the text columns and the label column (None for causal-lm)."""
+    """Finds the task, the text columns and the label column (None for causal-lm).
+
+    The task may still be "auto": then it depends on the labels, whether it is classification or regression.
+
+    Raises:
+        MLFSError: a column that `args` names is missing, none can be guessed, or several can.
+    """
     if args.text_pair_column and not args.text_column:
         raise MLFSError("--text_pair_column is given without --text_column; give both")
     given = tuple(column for column in (args.text_column, args.text_pair_column) if column)
@@ -115,7 +133,7 @@ def find_columns(part: Part, args: DataArguments) -> tuple[str, tuple[str, ...],
 
 
 def check_columns(part: Part, texts: tuple[str, ...], label: str | None) -> None:
-    """Raise unless the columns are there, and the texts are strings without a missing one."""
+    """Raises MLFSError unless the columns are there, and the texts are strings of which none is missing."""
     _require(part, texts, label)
     for column in texts:
         missing = pc.index(pc.is_null(part.rows.with_format("arrow")[column][:]), True).as_py()
@@ -126,7 +144,11 @@ def check_columns(part: Part, texts: tuple[str, ...], label: str | None) -> None
 
 
 def read_labels(part: Part, column: str) -> list[Any]:
-    """The label of each row: a number where all are numbers, also where a file spells them, else a name."""
+    """Returns the label of each row: numbers if all labels are numbers, also ones that a file spells out; else names.
+
+    Raises:
+        MLFSError: a label is missing, or is a value that no label can be, such as a list.
+    """
     values = part.rows[column][:]
     feature = part.rows.features[column]
     if isinstance(feature, ClassLabel):
@@ -145,7 +167,7 @@ def read_labels(part: Part, column: str) -> list[Any]:
 
 
 def is_continuous(values: list[Any]) -> bool:
-    """Whether labels measure something: fractions, or more whole-numbered floats than classes would be."""
+    """Tells whether labels measure something: fractions, or more whole-numbered floats than there would be classes."""
     if not all(isinstance(v, int | float) for v in values):
         return False
     floats = [v for v in values if isinstance(v, float)]
@@ -153,7 +175,7 @@ def is_continuous(values: list[Any]) -> bool:
 
 
 def float_labels(values: list[Any], part: Part) -> list[float]:
-    """Labels for regression; raises where one is a name."""
+    """Makes labels for regression; raises MLFSError if one is a name."""
     for row, value in enumerate(values, 1):
         if isinstance(value, str):
             raise MLFSError(f"row {row} of the {part.place} has the label {value!r}; regression needs numbers")
@@ -161,7 +183,11 @@ def float_labels(values: list[Any], part: Part) -> list[float]:
 
 
 def class_names(values: list[Any], part: Part, column: str) -> list[str]:
-    """The classes in the order of their ids."""
+    """Lists the classes in the order of their ids: a `ClassLabel`'s own order, else sorted.
+
+    Raises:
+        MLFSError: training has one class only.
+    """
     feature = part.rows.features[column]
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names is None:
@@ -172,7 +198,7 @@ def class_names(values: list[Any], part: Part, column: str) -> list[str]:
 
 
 def label_ids(names: list[str], values: list[Any], part: Part) -> list[int]:
-    """The position of each label in `names`; raises for one that is not there, naming it."""
+    """Returns the position of each label in `names`; raises MLFSError, which names it, for one that is not there."""
     ids = {name: i for i, name in enumerate(names)}
     found = [_name(value) for value in values]
     odd = sorted(set(found) - set(ids))
@@ -186,12 +212,14 @@ def label_ids(names: list[str], values: list[Any], part: Part) -> list[int]:
 
 
 def _require(part: Part, texts: tuple[str, ...], label: str | None) -> None:
+    """Raises MLFSError unless the columns are there."""
     for column in (*texts, *([label] if label else [])):
         if column not in part.rows.column_names:
             raise MLFSError(f"no column {column!r} in the {part.place}; {part.found}")
 
 
 def _guess_label(part: Part, taken: tuple[str, ...]) -> str | None:
+    """Finds the label column by its name; None if no column has such a name."""
     lower = {column.lower(): column for column in part.rows.column_names if column not in taken}
     if "label" in lower:
         return lower["label"]
@@ -202,6 +230,7 @@ def _guess_label(part: Part, taken: tuple[str, ...]) -> str | None:
 
 
 def _guess_texts(part: Part, label: str | None, most: int) -> tuple[str, ...]:
+    """Finds up to `most` text columns: the only string columns there are, else ones with names of benchmarks."""
     columns = [c for c in part.rows.column_names if c != label and c.lower() not in ID_NAMES]
     found = tuple(c for c in columns if _is_string(part.rows, c) and not _is_numeric(part.rows, c))
     if 1 <= len(found) <= most:
@@ -218,10 +247,13 @@ def _is_string(rows: Dataset, column: str) -> bool:
 
 
 def _is_numeric(rows: Dataset, column: str) -> bool:
+    """Tells whether the first thousand strings of a column all spell numbers."""
     values = [value for value in rows[: min(len(rows), 1000)][column] if value]
     return bool(values) and all(_NUMBER.fullmatch(value) for value in values)
 
 
 def _name(value: Any) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value)
+    """Spells a label out: 1.0 is the class "1", as a file of integers would have it."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)

@@ -1,4 +1,4 @@
-"""Reading local files and Hub data sets into `datasets.Dataset`; every failure is one line."""
+"""Reads local files and Hub data sets into `datasets.Dataset`; every failure is one line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from mlfs.data.arguments import DataArguments
 from mlfs.data.columns import GLUE_TEXTS
 from mlfs.errors import MLFSError
 
-# TYPE DataArguments
-
-
-READERS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-READERS |= {".txt": "text", ".text": "text"}
+# The reader of each extension; source files are read as texts, too.
+READERS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
 _SOURCES = """
 .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .js .mjs .jsx .ts .tsx .go .rs .rb .php .cs .kt .swift .scala .sh .jl
 .r .lua .pl .sql .hs .ml .f90 .m .html .css .md .rst .tex
@@ -33,7 +39,14 @@ VALIDATION_SPLITS = ("validation", "validation_matched", "dev")
 
 
 def read_hub(args: DataArguments, name: str) -> tuple[Dataset, Dataset | None]:
-    """The training and validation splits of the Hub data set `name` (a local folder laid out like one works too)."""
+    """Reads the training and validation splits of the Hub data set `name`, or of a local folder laid out like one.
+
+    Returns:
+        `(train, validation)`; validation is None if `args` names no split for it and none has a usual name.
+
+    Raises:
+        MLFSError: the data set, its configuration or a split cannot be read.
+    """
     if name.split("/")[-1] == "glue" and args.dataset_config_name is None:
         raise MLFSError(f"{name} holds several tasks; give --dataset_config_name, one of {', '.join(GLUE_TEXTS)}")
 
@@ -51,9 +64,15 @@ def read_hub(args: DataArguments, name: str) -> tuple[Dataset, Dataset | None]:
 
 
 def read_files(pattern: str, option: str, args: DataArguments) -> Dataset:
-    """The rows of a file, a folder or a glob pattern; `option` is the argument that named it.
+    """Reads the rows of a file, a folder or a glob pattern.
 
     CSV and TSV give string columns only (an empty field is None); text and source files give a column `text`.
+
+    Args:
+        option: the argument that names the pattern, for messages.
+
+    Raises:
+        MLFSError: no such file, files of several kinds or of an unknown one, no rows, or a file that cannot be read.
     """
     paths = _expand(pattern, option)
     kinds = {_kind(path, option) for path in paths}
@@ -90,7 +109,13 @@ def read_files(pattern: str, option: str, args: DataArguments) -> Dataset:
 
 @contextmanager
 def reading(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a reader raises into one line; its own log of the same error is kept quiet."""
+    """Turns whatever a reader raises inside the block into an MLFSError of one line.
+
+    The reader's own log of the same error is kept quiet.
+
+    Args:
+        what: what is read. advice: what to do if it cannot be.
+    """
     verbosity = datasets_logging.get_verbosity()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     try:
@@ -108,13 +133,10 @@ def reading(what: str, advice: str) -> Iterator[None]:
 
 
 def _expand(pattern: str, option: str) -> list[Path]:
-    """The non-empty files that a path, a folder or a glob pattern stands for, in a fixed order."""
+    """Lists the non-empty files that a path, a folder or a glob pattern stands for, in a fixed order."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        paths = [
-            p for p in path.rglob("*") if p.suffix.lower() in SOURCE_SUFFIXES or READERS.get(p.suffix.lower()) == "text"
-        ]
-        paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        paths = [p for p in path.rglob("*") if _is_text(p) and not _is_hidden(p.relative_to(path))]
     elif path.exists():
         paths = [path]
     else:
@@ -130,7 +152,17 @@ def _expand(pattern: str, option: str) -> list[Path]:
     return filled
 
 
+def _is_text(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in SOURCE_SUFFIXES or READERS.get(suffix) == "text"
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _kind(path: Path, option: str) -> str:
+    """Returns the reader of a file's extension, or "source"."""
     suffix = path.suffix.lower()
     if suffix not in READERS and suffix not in SOURCE_SUFFIXES:
         known = f"{', '.join(READERS)} and source files such as .py"
@@ -139,7 +171,7 @@ def _kind(path: Path, option: str) -> str:
 
 
 def _header(paths: list[Path], dialect: dict[str, Any]) -> list[str]:
-    """The column names that the files share."""
+    """Returns the column names that the files share; ValueError if they differ, or if a name occurs twice."""
     columns: list[str] = []
     for path in paths:
         # pandas takes the first row as the number of columns and refuses a longer second one. Left to read the whole

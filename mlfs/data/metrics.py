@@ -1,4 +1,6 @@
-"""Metrics by task, as GLUE defines them (Wang et al. 2018, arXiv 1804.07461, table 1), for `transformers.Trainer`.
+"""Computes the metrics of a task for `transformers.Trainer`, as GLUE defines them.
+
+Source: Wang et al. 2018, arXiv 1804.07461, table 1.
 
 Local files carry no task name, so that they get accuracy, with F1 of class 1 where there are two classes; or Pearson,
 Spearman and the mean squared error for regression. For causal-lm the loss is the measure (`perplexity`), and the
@@ -23,11 +25,19 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 def compute_metrics_for(task: str, glue_name: str | None = None, num_labels: int | None = None) -> ComputeMetrics:
-    """The `compute_metrics` of a task: takes predictions and labels (numpy arrays), gives floats by name.
+    """Makes the `compute_metrics` of a task: from predictions and labels (numpy arrays) to floats by name.
 
     Predictions are logits (N, num_labels) for classification, (N,) or (N, 1) for regression, and for causal-lm what
     `preprocess_logits_for_metrics` returns. Of a tuple (logits, hidden states, ...) the first counts. Correlations of
-    constant values, which are undefined, are 0. Raises `MLFSError` for an unknown task, and when logits are not finite.
+    constant values, which are undefined, are 0.
+
+    Args:
+        task: "classification", "regression" or "causal-lm".
+        glue_name: the GLUE task, such as "cola", whose own metrics count.
+        num_labels: how many classes there are; F1 is added for two.
+
+    Raises:
+        MLFSError: the task is unknown; and, from the function that is made, logits that are not finite.
 
     >>> metrics = compute_metrics_for("classification", num_labels=2)
     >>> metrics(EvalPrediction(np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 1])))
@@ -46,7 +56,7 @@ def compute_metrics_for(task: str, glue_name: str | None = None, num_labels: int
 
 
 def main_metric(task: str, glue_name: str | None = None) -> tuple[str, bool]:
-    """The metric that ranks models, as a key of the metrics or `loss`, and whether greater is better.
+    """Names the metric that ranks models, a key of the metrics or "loss", and tells whether greater is better.
 
     >>> main_metric("classification", "mrpc"), main_metric("causal-lm")
     (('f1', True), ('loss', False))
@@ -60,17 +70,22 @@ def main_metric(task: str, glue_name: str | None = None) -> tuple[str, bool]:
 
 
 def preprocess_logits_for_metrics(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Causal-lm logits (B, T, vocabulary), or a tuple that begins with them, to the token predicted at each place.
+    """Reduces causal-lm logits to the token predicted at each place, as an evaluation would else hold all in memory.
 
-    Returns (B, T) int64 on the same device: column t is the prediction *of* token t, made from the tokens before it;
-    column 0, which nothing predicts, is -100. Without this an evaluation would hold all logits in memory.
+    Args:
+        logits: (batch, tokens, vocabulary), or a tuple that begins with them.
+        labels: not read; `transformers.Trainer` passes them.
+
+    Returns:
+        (batch, tokens) int64 on the same device: column t is the prediction *of* token t, made from the tokens before
+        it; column 0, which nothing predicts, is -100.
     """
     tokens = _first(logits).argmax(-1)
     return torch.cat([torch.full_like(tokens[:, :1], -100), tokens[:, :-1]], dim=1)
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean cross-entropy in nats; infinite where that overflows.
+    """Computes exp of a mean cross-entropy in nats; infinite where that overflows.
 
     >>> perplexity(0.0), perplexity(1e6)
     (1.0, inf)

@@ -1,4 +1,4 @@
-"""Data files and Hub data sets, made into what a model takes.
+"""Makes data files and Hub data sets into texts and labels of one task.
 
 Three steps, each usable alone: `load_raw` reads (files through the packaged readers of `datasets`, so that large files
 stay on disk and are read once), `prepare` finds the task, the columns and the labels, `tokenize` makes token ids. The
@@ -40,11 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RawData:
-    """Texts and labels of one task, before tokens.
+    """Holds texts and labels of one task, before they become tokens.
 
-    `train` and `validation` (None where there is none) hold the `text_columns` (str) and, but for causal-lm, `labels`:
-    a `ClassLabel` (classification) or float32 (regression). `num_labels` is 1 for regression and 0 for causal-lm;
-    `glue_name` is the GLUE configuration where the data is GLUE from the Hub.
+    Attributes:
+        train, validation: data sets, or None. They hold the `text_columns` (str) and, but for causal-lm, `labels`:
+            `ClassLabel` (classification) or float32 (regression).
+        task: "classification", "regression" or "causal-lm".
+        text_columns: one column, or the two of a pair.
+        num_labels: how many classes there are; 1 for regression, 0 for causal-lm.
+        id2label: the names of the classes; empty for other tasks.
+        glue_name: the GLUE task, such as "sst2", if the data is GLUE from the Hub.
     """
 
     train: Dataset | None
@@ -57,13 +62,18 @@ class RawData:
 
     @property
     def label2id(self) -> dict[str, int]:
+        """The id of each class by its name."""
         return {name: i for i, name in self.id2label.items()}
 
 
 def load_raw(args: DataArguments, id2label: dict[int, str] | None = None) -> RawData:
-    """Read the data that `args` names. `id2label` fixes the labels, as when a trained model is evaluated.
+    """Reads and prepares the data that `args` names.
 
-    Raises `MLFSError` for a file that is missing, empty, unreadable or of an unknown kind, and as `prepare` does.
+    Args:
+        id2label: fixes the ids of the labels, as when a trained model is evaluated.
+
+    Raises:
+        MLFSError: a file is missing, empty, unreadable or of an unknown kind; and as `prepare`.
     """
     if (args.dataset_name is None) == (args.train_file is None and args.validation_file is None):
         raise MLFSError("need one source of data: give --train_file and --validation_file, or --dataset_name")
@@ -77,10 +87,14 @@ def load_raw(args: DataArguments, id2label: dict[int, str] | None = None) -> Raw
 def prepare(
     train: Dataset | None, validation: Dataset | None, args: DataArguments, id2label: dict[int, str] | None = None
 ) -> RawData:
-    """Find task, columns and labels of two data sets (one may be None) and sample rows as `args` says.
+    """Finds task, columns and labels of two data sets, and samples rows as `args` says. One data set may be None.
 
-    Raises `MLFSError` for columns that are missing or ambiguous, for missing texts or labels, for labels in
-    validation that training (or `id2label`) lacks, and for training data of one class.
+    Args:
+        id2label: fixes the ids of the labels, as when a trained model is evaluated.
+
+    Raises:
+        MLFSError: columns are missing or ambiguous, a text or a label is missing, validation has labels that training
+            (or `id2label`) lacks, or training data has one class.
     """
     parts = parts_of(train, validation, args)
     task, texts, label = find_columns(parts[0], args)
@@ -118,6 +132,7 @@ def prepare(
 
 
 def _hold_out(rows: Dataset, fraction: float) -> dict[str, Dataset]:
+    """Splits a random share off for validation, the same every time; both parts keep the order of the rows."""
     order = np.random.default_rng(0).permutation(len(rows))
     held = max(1, round(fraction * len(rows)))
     if held >= len(rows):
@@ -126,7 +141,10 @@ def _hold_out(rows: Dataset, fraction: float) -> dict[str, Dataset]:
 
 
 def sample(parts: dict[str, Dataset], args: DataArguments) -> dict[str, Dataset]:
-    """A random choice, the same every time, in the original order; a larger one contains a smaller one."""
+    """Chooses as many rows of each data set as `args` allows, at random but the same ones every time.
+
+    They stay in their order, and a larger choice contains a smaller one.
+    """
     most = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     sampled = {}
     for name, rows in parts.items():

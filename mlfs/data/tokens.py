@@ -1,4 +1,4 @@
-"""Texts to token ids, and examples to batches."""
+"""Makes texts into token ids, and examples into batches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ from mlfs.errors import MLFSError
 def tokenize(
     raw: RawData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model_max_length: int | None = None
 ) -> DatasetDict:
-    """Token ids of `raw`, unpadded: a data set `train` and one `validation`, where `raw` has them.
+    """Makes token ids of `raw`, without padding.
 
-    Columns: `input_ids`, `labels`, and but for causal-lm what else the tokenizer makes (`attention_mask`,
-    `token_type_ids`). For causal-lm, documents joined by the end-of-sequence token are cut into blocks of
-    `args.block_size` tokens, whose last, incomplete one is dropped; `labels` equal `input_ids`. The longest input is
-    the smaller of `model_max_length` and the tokenizer's own maximum.
+    For causal-lm, documents joined by the end-of-sequence token are cut into blocks of `args.block_size` tokens; the
+    last block, if it is incomplete, is dropped.
 
-    Raises `MLFSError` for a text longer than that where `args.max_seq_length` does not cut it, for lengths above it,
-    for text shorter than one block, and for a tokenizer without end-of-sequence token (causal-lm).
+    Args:
+        model_max_length: the longest input of the model; the tokenizer's own maximum counts if it is smaller.
+
+    Returns:
+        Data sets "train" and "validation", those that `raw` has, of `input_ids` and `labels`; but for causal-lm also of
+        what else the tokenizer makes (`attention_mask`, `token_type_ids`). For causal-lm `labels` equal `input_ids`.
+
+    Raises:
+        MLFSError: a text is longer than the longest input and `args.max_seq_length` does not cut it, a length in `args`
+            is larger than that, there is less text than one block, or (causal-lm) the tokenizer has no end-of-sequence
+            token.
     """
+    # transformers states "no maximum" of a tokenizer as a number of 1e30
     lengths = [n for n in (model_max_length, tokenizer.model_max_length) if n is not None and n < 10**9]
     limit = min(lengths, default=None)
     blocks = raw.task == "causal-lm"
@@ -56,9 +64,10 @@ def tokenize(
 
 
 def collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """The function that makes a batch of examples: pads to the longest; causal-lm blocks are stacked.
+    """Makes the function that puts examples into a batch: padded to the longest one; causal-lm blocks are stacked.
 
-    Raises `MLFSError` where padding is needed and the tokenizer has no padding token.
+    Raises:
+        MLFSError: examples of `task` need padding, and the tokenizer has no padding token.
     """
     if task == "causal-lm":
         return default_data_collator
@@ -80,6 +89,7 @@ def _encode(
     limit: int | None,
     place: str,
 ) -> dict[str, Any]:
+    """Tokenizes a batch of rows, cut to `cut` tokens; MLFSError, which names the row, for one longer than `limit`."""
     texts = [batch[column] for column in columns]
     encoded = tokenizer(*texts, truncation=cut is not None, max_length=cut, padding=False, verbose=False)
     for index, text, ids in zip(indices, texts[0], encoded["input_ids"], strict=True):
@@ -94,6 +104,7 @@ def _encode(
 def _blocks(
     rows: Dataset, place: str, column: str, tokenizer: PreTrainedTokenizerBase, size: int, workers: int | None
 ) -> Dataset:
+    """Makes documents into blocks of `size` tokens."""
     if tokenizer.eos_token_id is None:
         raise MLFSError("the tokenizer has no end-of-sequence token to join documents with; set tokenizer.eos_token")
     ids = List(Value("int32"))
@@ -123,6 +134,7 @@ def _blocks(
 
 
 def _token_ids(batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str) -> dict[str, Any]:
+    """Tokenizes documents, each with an end-of-sequence token; those without a visible character are left out."""
     texts = [text for text in batch[column] if text.strip()]
     if not texts:
         return {"input_ids": []}
@@ -131,6 +143,7 @@ def _token_ids(batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBas
 
 
 def _packer(size: int) -> Callable[[dict[str, list[list[int]]]], dict[str, list[list[int]]]]:
+    """Makes a function that cuts batches of documents into blocks, and keeps what is left over for its next call."""
     rest: list[int] = []
 
     def pack(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:

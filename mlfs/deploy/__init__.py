@@ -1,1 +1,1 @@
-"""A size leaves the house: formats that load without mlfs."""
+"""Writes a size in formats that load without mlfs."""

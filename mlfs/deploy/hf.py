@@ -1,4 +1,4 @@
-"""A subnet as a transformers checkpoint, which loads without mlfs."""
+"""Writes a subnet as a transformers checkpoint, which loads without mlfs."""
 
 import shutil
 import tempfile
@@ -15,7 +15,9 @@ from mlfs.supernet.model import SuperTransformer
 def write_checkpoint(
     supernet: SuperTransformer, subnet: Subnet, tokenizer: PreTrainedTokenizerBase, output_dir: Path
 ) -> None:
-    """Writes `subnet` with tokenizer and model card to `output_dir`, in place of what is there; all or nothing.
+    """Writes `subnet` with tokenizer and model card to `output_dir`, in place of what is there.
+
+    Everything is written beside the folder first, so that a write that fails leaves what was there.
 
     Raises:
         MLFSError: the family's configuration cannot state the subnet's sizes, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""The README.md of an exported checkpoint."""
+"""Writes the README.md of an exported checkpoint."""
 
 from transformers import PreTrainedModel
 
@@ -7,7 +7,7 @@ from mlfs.supernet.model import SuperTransformer
 
 
 def model_card(supernet: SuperTransformer, subnet: Subnet, small: PreTrainedModel) -> str:
-    """README.md of an exported checkpoint."""
+    """Writes the model card of `small`, the extracted `subnet`: front matter for the Hub, sizes, and how to load it."""
     count = sum(p.numel() for p in small.parameters())
     full = supernet.count_parameters(supernet.space.max)
     auto = "AutoModelForCausalLM" if small.can_generate() else "AutoModelForSequenceClassification"

@@ -1,1 +1,1 @@
-"""What a size costs, and how that is shown."""
+"""Measures what a size costs, and shows it."""

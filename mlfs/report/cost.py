@@ -1,4 +1,4 @@
-"""What a size costs: latency, and bytes on disk."""
+"""Measures what a size costs: latency, and bytes on disk."""
 
 import time
 from collections.abc import Mapping
@@ -12,9 +12,13 @@ from mlfs.supernet.model import SuperTransformer
 
 
 def latency(model: Any, inputs: Mapping[str, Any], repeats: int = 5) -> float:
-    """Median seconds of a forward pass of `model` over `inputs`, without gradients, after one to warm up.
+    """Measures the median seconds of `repeats` forward passes without gradients, after one to warm up.
 
-    On a GPU the device is waited for. A shared machine is noisy: compare figures of one table only.
+    On a GPU each pass ends when the device is done. A shared machine is noisy: compare figures of one table only.
+
+    Args:
+        model: a module, which is measured in evaluation mode.
+        inputs: its keyword arguments, on its device.
     """
     device = next(model.parameters()).device
     was_training, times = model.training, []
@@ -33,5 +37,5 @@ def latency(model: Any, inputs: Mapping[str, Any], repeats: int = 5) -> float:
 
 
 def size_on_disk(supernet: SuperTransformer, subnet: Subnet) -> int:
-    """Bytes of the exported checkpoint's weights, in the base's own type."""
+    """Computes the bytes of the weights of the exported checkpoint, in the base's own dtype."""
     return supernet.count_parameters(subnet) * supernet.model.dtype.itemsize

@@ -1,10 +1,14 @@
-"""What each size of a palette costs and scores, as text."""
+"""Lays out what each size costs and scores, as text."""
 
 from typing import Any
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an aligned text table; floats short, bytes and counts in millions."""
+    """Aligns rows as a text table, with the keys as the header.
+
+    Counts ("parameters") and "bytes" are shown in millions, "latency" (seconds) in milliseconds, other floats with four
+    digits. A key that a row lacks leaves its cell empty.
+    """
 
     def show(key: str, value: Any) -> str:
         if key == "parameters":
@@ -17,19 +21,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
     names = {"bytes": "size on disk"}
-    cells = [[names.get(k, k) for k in keys]] + [[show(k, row[k]) if k in row else "" for k in keys] for row in rows]
+    cells = [[names.get(key, key) for key in keys]]
+    for row in rows:
+        cells.append([show(key, row[key]) if key in row else "" for key in keys])
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    lines = []
+    for line in cells:
+        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def results_table(rows: list[dict[str, Any]], task: str) -> str:
-    """Subnet (hidden/heads/ffn/layers), parameters, size on disk, latency of a batch, and the task's metrics."""
-    hidden = {"sizes", "runtime", "samples_per_second", "steps_per_second"}
-    order = ["name", "subnet", "parameters", "bytes", "latency"]
-    return table(
-        [
-            {k: row[k] for k in order if k in row} | {k: v for k, v in row.items() if k not in {*order, *hidden}}
-            for row in rows
-        ]
-    )
+def results_table(rows: list[dict[str, Any]]) -> str:
+    """Shows the subnet (hidden/heads/ffn/layers), parameters, size on disk, latency of a batch, and the metrics."""
+    left_out = {"sizes", "runtime", "samples_per_second", "steps_per_second"}
+    first = ["name", "subnet", "parameters", "bytes", "latency"]
+    ordered = []
+    for row in rows:
+        keys = [key for key in first if key in row] + [key for key in row if key not in {*first, *left_out}]
+        ordered.append({key: row[key] for key in keys})
+    return table(ordered)

@@ -60,7 +60,7 @@ class Dimensions:
         """
         groups = self.heads // self.group
         heads = _descending(round(groups * share) * self.group for share in (1, 2 / 3, 1 / 2))
-        # Whole heads, where the configuration states the head size as hidden / heads: such subnets can be exported.
+        # Whole heads where the head size is hidden / heads: only such pairs of sizes can then be exported.
         step = self.head_dim if self.hidden == self.heads * self.head_dim else 8
         hidden = _descending(round(self.hidden * count / self.heads / step) * step for count in heads[1:])
         ffn = _descending(self.ffn // divisor for divisor in (2, 4))

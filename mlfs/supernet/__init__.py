@@ -1,4 +1,4 @@
-"""A Hugging Face model whose sub-networks share its weights: the model, its order of units, and how it is saved."""
+"""A Hugging Face model whose subnets share its weights: the model, the order of its units, and how it is saved."""
 
 from mlfs.supernet.model import SuperTransformer
 

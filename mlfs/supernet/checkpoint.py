@@ -1,4 +1,4 @@
-"""What a super-transformer leaves on disk: tensors in one safetensors file, everything else in `mlfs.json`.
+"""Saves a super-transformer and reads it again: tensors in one safetensors file, everything else in `mlfs.json`.
 
 `mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
 one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
@@ -27,20 +27,36 @@ from mlfs.supernet.permutation import Permutation
 CONFIG_NAME = "mlfs.json"
 FORMAT = 2
 _PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
-_FIELDS = {"format", "base", "architecture", "space", "rank", "stages", "alpha", "trained_stages", "owned", "config",
-           "tensors", "checksum"}  # fmt: skip
+_FIELDS = {
+    "format",
+    "base",
+    "architecture",
+    "space",
+    "rank",
+    "stages",
+    "alpha",
+    "trained_stages",
+    "owned",
+    "config",
+    "tensors",
+    "checksum",
+}
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A super-transformer as plain values: all but its base.
+    """Holds a super-transformer as plain values: all of it but its base.
 
     Attributes:
-        base_name, revision, fingerprint: of the base. architecture: its class. config: its configuration.
-        space: as `SearchSpace.to_dict` gives it. rank, stages, alpha: of the low-rank stages.
+        base_name, revision, fingerprint: where the base comes from, and the hashes of its weights.
+        architecture: the class of the model, such as "BertForMaskedLM".
+        config: the model's configuration.
+        space: the search space, as `SearchSpace.to_dict` gives it.
+        rank, stages, alpha: of the low-rank stages.
         trained_stages: how many stages have ever trained.
-        owned: names of the modules whose own weights the run owns. parameters: what the run owns, by the model's names.
-        permutation: of the units, against the base.
+        owned: names of the modules whose weights belong to the run, not to the base (task heads, trained norms).
+        permutation: the order of the units, against the base.
+        parameters: what belongs to the run (the stages, and the weights of `owned`), by the model's names.
     """
 
     base_name: str | None
@@ -95,13 +111,18 @@ def write_state(state: SavedState, path: Path) -> None:
             "Free some disk space, or save elsewhere"
         ) from error
     # The state before this one, and what saves that were cut off left behind.
-    for stale in (p for begin in ("stages-????????", ".tmp-*") for p in path.glob(f"{begin}.safetensors")):
-        if stale.name != name:
-            stale.unlink(missing_ok=True)
+    for pattern in ("stages-????????.safetensors", ".tmp-*.safetensors"):
+        for stale in path.glob(pattern):
+            if stale.name != name:
+                stale.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> SavedState:
-    """Reads and checks what `write_state` wrote; MLFSError where the folder holds no whole run."""
+    """Reads and checks what `write_state` wrote.
+
+    Raises:
+        MLFSError: the folder holds no whole run: it is missing, half-written, damaged, or of a later format.
+    """
     values = read_values(path)
     tensors = _read_tensors(path, values)
     if values["format"] == 1:
@@ -123,7 +144,14 @@ def read_state(path: Path) -> SavedState:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Reads and checks `mlfs.json`, without the tensors it names; MLFSError where the folder holds no whole run."""
+    """Reads and checks `mlfs.json`, without the tensors it names.
+
+    Returns:
+        Its fields without the checksum; "trained_stages" by this name whatever the format.
+
+    Raises:
+        MLFSError: the folder is missing, or the file is missing, damaged, or of a later format.
+    """
     if not path.is_dir():
         raise MLFSError(f"run folder {path} does not exist: give the folder that training or save_pretrained wrote")
     if not (path / CONFIG_NAME).exists():
@@ -132,7 +160,9 @@ def read_values(path: Path) -> dict[str, Any]:
         )
     values = _read_json(path)
     form = values.get("format")
-    needed = _FIELDS if form != 1 else _FIELDS - {"trained_stages"} | {"live_stages", "permutation"}
+    needed = _FIELDS
+    if form == 1:
+        needed = _FIELDS - {"trained_stages"} | {"live_stages", "permutation"}
     if missing := needed - set(values):
         raise MLFSError(f"{path / CONFIG_NAME} lacks {sorted(missing)}: it is damaged; restore it or train anew")
     if form not in (1, FORMAT):
@@ -145,6 +175,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Reads `mlfs.json`; MLFSError if it holds no JSON object."""
     try:
         values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -157,6 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads the tensors file that `mlfs.json` names; MLFSError if it is missing or its hash differs."""
     name = values["tensors"]["file"]
     if Path(name).name != name or not (path / name).is_file():
         raise MLFSError(f"{path} lacks its tensors {name!r}: the folder is half-copied; copy it anew")
@@ -179,6 +211,7 @@ def _permutation_tensors(permutation: Permutation) -> dict[str, Tensor]:
 
 
 def _permutation_of_tensors(tensors: Mapping[str, Tensor]) -> Permutation:
+    """Reads the permutation off the tensors that `_permutation_tensors` named."""
     found: Permutation = {}
     for name, order in tensors.items():
         axis, _, layer = name.removeprefix(_PERMUTATION).partition(".")
@@ -190,8 +223,10 @@ def _permutation_of_json(value: Mapping[str, Any]) -> Permutation:
     """Reads the permutation of format 1: {"hidden": [...], "heads": {"0": [...], ...}, ...}."""
     found: Permutation = {}
     for axis, orders in value.items():
-        for layer, order in orders.items() if isinstance(orders, dict) else [(None, orders)]:
-            found[axis, None if layer is None else int(layer)] = list(order)
+        if isinstance(orders, dict):
+            found |= {(axis, int(layer)): list(order) for layer, order in orders.items()}
+        else:
+            found[axis, None] = list(orders)
     return found
 
 

@@ -10,10 +10,12 @@ from mlfs.space.dimensions import LayerSizes
 
 
 def count_parameters(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
-    """Returns the number of parameters of the extracted subnet, each tied one once.
+    """Counts the parameters of the subnet as a model of its own, stages merged; tied ones count once.
 
     Args:
+        model: an elastic model.
         layers_name: the name in `model` of its list of layers; layers that `sizes` leaves out are not counted.
+        sizes: the subnet, spelled out per layer.
     """
     total, seen = 0, set()
     for parameter, used in _used_numbers(model, layers_name, sizes):
@@ -24,18 +26,22 @@ def count_parameters(model: nn.Module, layers_name: str, sizes: LayerSizes) -> i
 
 
 def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
-    """Returns the number of parameters that train now and that a subnet uses: the n_j of gradient scaling."""
+    """Counts the parameters that train now and that the subnet uses: the n_j of gradient scaling.
+
+    Arguments: as `count_parameters`.
+    """
     total = sum(used for parameter, used in _used_numbers(model, layers_name, sizes) if parameter.requires_grad)
     for module in model.modules():
         if isinstance(module, ElasticLinear):
             columns, rows = module.read_sizes(sizes)
             if columns and rows:
+                # A is (rank, columns), B is (rows, rank)
                 total += sum(a.shape[0] * (columns + rows) for a in module.lora_A if a.requires_grad)
     return total
 
 
 def _used_numbers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> Iterator[tuple[Tensor, int]]:
-    """Yields (base parameter, how many of its numbers `sizes` uses)."""
+    """Yields each base parameter, a tied one repeatedly, and how many of its numbers `sizes` uses."""
     dropped = tuple(f"{layers_name}.{i}." for i in range(sizes.count) if not sizes.keeps(i))
     for name, module in model.named_modules():
         if name.startswith(dropped):
@@ -48,6 +54,7 @@ def _used_numbers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> Iter
         elif isinstance(module, Elastic):
             (part,) = module.axes().outputs
             width = part.size(sizes)
+            # of a norm (width,), of an embedding (entries, width)
             yield module.weight, module.weight.numel() // module.weight.shape[-1] * width
             if module.bias is not None:
                 yield module.bias, width

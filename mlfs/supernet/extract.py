@@ -18,10 +18,16 @@ from mlfs.space.dimensions import Dimensions, LayerSizes
 def extract(
     model: PreTrainedModel, layers_name: str, sizes: LayerSizes, family: Family, dims: Dimensions
 ) -> PreTrainedModel:
-    """Makes a model of the same class with only the weights that `sizes` keeps, the stages merged into them.
+    """Makes a model of the same class with only the weights that the subnet keeps, the stages merged into them.
 
     Args:
-        model: the elastic one; it stays as it is. layers_name: the name in it of its list of layers.
+        model: an elastic model, which stays as it is.
+        layers_name: the name in `model` of its list of layers.
+        sizes: the subnet, spelled out per layer.
+        family, dims: of `model`; they say what the small model's configuration states.
+
+    Returns:
+        A plain transformers model with weights of its own, in the base's dtype, in which everything trains.
     """
     subnet, layers = sizes.subnet, model.get_submodule(layers_name)
     assert isinstance(layers, nn.ModuleList)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 
-Fingerprint = dict[str, list[str]]  # for each parameter, by name, a hash for each type of FINGERPRINT_DTYPES
+Fingerprint = dict[str, list[str]]  # for each parameter, by name, one hash for each of FINGERPRINT_DTYPES
 FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> Fingerprint:
     """Hashes each tensor: 16 hex digits of SHA-256 over shape and values, in fp32, bf16 and fp16.
 
-    Three types, so that a base loaded in a smaller one is still recognised.
+    One hash for each dtype, so that a base that is loaded in a smaller one is still recognised.
     """
 
     def digest(item: tuple[str, Tensor]) -> tuple[str, list[str]]:
@@ -35,10 +35,13 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def check_base(found: Fingerprint, expected: Fingerprint, dtype: torch.dtype, name: str | None, place: object) -> None:
-    """Raises MLFSError unless a base, loaded in `dtype`, has the fingerprint of the one that was trained on.
+    """Raises MLFSError unless the base at hand is the one that was trained on.
 
     Args:
-        name: of the base that was trained on; "" if it had none. place: where the run is, for the message.
+        found, expected: fingerprints of the base at hand, and of the one that was trained on.
+        dtype: in which the base at hand is loaded; the hashes of this dtype are compared.
+        name: what the base that was trained on is called; None or "" if it has no name.
+        place: where the run is, for the message.
     """
     column = FINGERPRINT_DTYPES.index(dtype) if dtype in FINGERPRINT_DTYPES else 0
     odd = sorted(expected.keys() ^ found.keys())

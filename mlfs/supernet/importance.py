@@ -28,11 +28,16 @@ Scores = dict[UnitAxis, Tensor]
 def importance(
     model: PreTrainedModel, dims: Dimensions, method: Method, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> Scores:
-    """Scores every unit of an elastic model, float64: (hidden,), per layer (groups of heads,) and (ffn,).
+    """Scores every unit of an elastic model.
 
     Args:
         model: runs under the subnet that is active; all units are scored only under the whole model.
-        method: see the module. batches: keyword arguments of the model, with labels for "gradient".
+        dims: its full sizes.
+        method: one of the scores that the module's documentation defines.
+        batches: keyword arguments of the model, with labels for "gradient"; "magnitude" needs none.
+
+    Returns:
+        Scores, float64 on the CPU: (hidden,) for the residual stream; for each layer (groups of heads,) and (ffn,).
 
     Raises:
         MLFSError: an unknown method, or batches that are missing, empty or without labels.
@@ -47,12 +52,15 @@ def importance(
     was_training, seen = model.training, 0
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.eval()
-    model.zero_grad(set_to_none=True)  # else the ones that are there would be added to, in place
+    model.zero_grad(set_to_none=True)  # else a backward pass would add to the gradients kept above, in place
     try:
         with _scoring_inputs(model, dims, method, scores):
             for batch in tqdm(batches, desc=f"importance ({method})", leave=False):
                 seen += 1
-                inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                inputs = dict(batch)
+                for name, value in batch.items():
+                    if isinstance(value, Tensor):
+                        inputs[name] = value.to(model.device)
                 with torch.set_grad_enabled(method == "gradient"):
                     loss = model(**inputs).loss
                 if method == "gradient":
@@ -84,15 +92,16 @@ def _squared_weights(model: PreTrainedModel, dims: Dimensions) -> Scores:
 
 @contextmanager
 def _scoring_inputs(model: PreTrainedModel, dims: Dimensions, method: Method, scores: Scores) -> Iterator[None]:
-    """Adds to `scores` at every projection's input while the block runs."""
+    """Adds to `scores` whenever a projection runs inside the block (for "gradient": when its gradient arrives)."""
     handles = []
 
     def score_input(module: ElasticLinear, args: tuple[Any, ...]) -> None:
         x, size = args[0], module.axes().input
         assert size is not None
         if method == "activation":
-            norms = x.detach().double().flatten(0, -2).norm(dim=0) * module.merged_weight().double().norm(dim=0)
-            _add_numbers(scores, size, norms, dims)
+            inputs = x.detach().double().flatten(0, -2)  # (tokens, columns)
+            weight = module.merged_weight().double()  # (rows, columns)
+            _add_numbers(scores, size, inputs.norm(dim=0) * weight.norm(dim=0), dims)
         elif x.requires_grad:
             values = x.detach()
 
@@ -125,5 +134,6 @@ def _add_numbers(scores: Scores, size: AxisSize, values: Tensor, dims: Dimension
 
 
 def _add_units(scores: Scores, size: AxisSize, units: Tensor) -> None:
-    axis = unit_axis(size)
-    scores[axis] = scores[axis] + units.cpu() if axis in scores else units.cpu()
+    """Adds the scores of whole units, (units,)."""
+    axis, units = unit_axis(size), units.cpu()
+    scores[axis] = scores[axis] + units if axis in scores else units

@@ -1,4 +1,4 @@
-"""`SuperTransformer`: a Hugging Face model whose sub-networks share its weights."""
+"""`SuperTransformer`, a Hugging Face model whose subnets share its weights."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,7 +43,9 @@ class SuperTransformer(nn.Module):
     Args:
         model: a transformers model of a family in the table.
         space: the sizes on offer; by default thirds and halves of the model's own (`Dimensions.default_space`).
-        rank, stages, alpha: of the low-rank stages; the scale of an update is alpha / rank.
+        rank: of the update of each layer in each stage; 0 for none.
+        stages: how many updates each layer has, which train one after the other.
+        alpha: an update counts alpha / rank times.
         base_name: what to record as the base, a hub name or a path; by default the model's own `name_or_path`.
 
     Raises:
@@ -82,7 +84,7 @@ class SuperTransformer(nn.Module):
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face model's forward pass, under the active subnet."""
+        """Runs the Hugging Face model's forward pass under the active subnet; takes and returns what the model does."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -95,14 +97,15 @@ class SuperTransformer(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The list of all transformer layers."""
+        """The model's list of all its layers."""
         return self.model.get_submodule(self.layers_name)  # type: ignore[return-value]
 
     @contextmanager
     def activate(self, subnet: Subnet) -> Iterator["SuperTransformer"]:
         """Runs `subnet` inside the block, in this thread or task only; blocks nest. Nothing is copied or allocated.
 
-        Raises MLFSError if `subnet` is not in the space.
+        Raises:
+            MLFSError: `subnet` is not in the space.
         """
         with self._scope.activate(self.layer_sizes(subnet)):
             yield self
@@ -113,6 +116,9 @@ class SuperTransformer(nn.Module):
 
         Works for encoders and for `generate`; each row comes out as if it ran alone. Logits and the like are those of
         each row's subnet; hidden states keep maxnet's width, of which a row's leading `hidden` numbers count.
+
+        Raises:
+            MLFSError: a subnet is not in the space; or, when the model runs, the batch has another number of rows.
         """
         full = self._scope.default
         rows = tuple(self.layer_sizes(subnet) for subnet in subnets)
@@ -121,11 +127,15 @@ class SuperTransformer(nn.Module):
 
     @property
     def active(self) -> Subnet:
-        """The subnet that runs now; maxnet where rows have their own."""
+        """The subnet that runs now; maxnet inside of `activate_rows`."""
         return self._scope.sizes.subnet
 
     def layer_sizes(self, subnet: Subnet) -> LayerSizes:
-        """Spells `subnet` out for each layer; checked once, then remembered."""
+        """Spells `subnet` out for each layer; it is checked once, then remembered.
+
+        Raises:
+            MLFSError: `subnet` is not in the space, or no Subnet.
+        """
         if not isinstance(subnet, Subnet):
             raise MLFSError(f"expected a Subnet, got {type(subnet).__name__}: {subnet!r}")
         sizes = self._layer_sizes.get(subnet)
@@ -133,7 +143,8 @@ class SuperTransformer(nn.Module):
             self.space.check(subnet)
             if len(self._layer_sizes) >= 10_000:  # a long run samples without end
                 self._layer_sizes.clear()
-            sizes = self._layer_sizes[subnet] = self.dimensions.layer_sizes(subnet)
+            sizes = self.dimensions.layer_sizes(subnet)
+            self._layer_sizes[subnet] = sizes
         return sizes
 
     # ---- small models out of the large one ------------------------------------------------------------------------
@@ -171,7 +182,11 @@ class SuperTransformer(nn.Module):
     # ---- stages -----------------------------------------------------------------------------------------------------
 
     def train_stage(self, stage: int | None, head: bool = True, norms: bool = False) -> None:
-        """Lets only the adapters of `stage` train (None: of no stage), and the task head and norms as asked."""
+        """Lets only the adapters of `stage` train (None: of no stage), and the task head and norms as asked.
+
+        Raises:
+            MLFSError: there is no such stage.
+        """
         if stage is not None and not 0 <= stage < self.stages:
             raise MLFSError(f"stage={stage}: this super-transformer has stages 0 to {self.stages - 1}")
         train_stage(self.model, stage)
@@ -206,18 +221,24 @@ class SuperTransformer(nn.Module):
 
         The full model's function stays; what each smaller subnet keeps changes. Done in place, and recorded.
 
-        Args:
-            method, batches: see `mlfs.supernet.importance`.
+        Arguments and errors: as `mlfs.supernet.importance.importance`.
         """
         self.apply_permutation(permutation_of(self.importance(method, batches)))
 
     def importance(self, method: Method, batches: Iterable[Mapping[str, Any]] | None = None) -> Scores:
-        """Scores every unit of the whole model; see `mlfs.supernet.importance`."""
+        """Scores every unit of the whole model, whatever is active; see `mlfs.supernet.importance`."""
         with self.activate(self.space.max):
             return importance(self.model, self.dimensions, method, batches)
 
     def apply_permutation(self, permutation: Permutation) -> None:
-        """Reorders the units in place: `permutation` holds the old index of each unit at its new place."""
+        """Reorders the units in place, and records the order.
+
+        Args:
+            permutation: for each axis that is reordered, the old index of each unit at its new place.
+
+        Raises:
+            MLFSError: an entry is no permutation of an axis of this model; nothing has moved then.
+        """
         check_permutation(permutation, self.dimensions)
         self.fingerprint()  # of the base as it was loaded
         merged = self.merged_stages
@@ -229,31 +250,35 @@ class SuperTransformer(nn.Module):
     # ---- what is whose ----------------------------------------------------------------------------------------------
 
     def elastic(self) -> Iterator[Elastic]:
-        """Every elastic module."""
+        """Yields every elastic module."""
         return (module for module in self.model.modules() if isinstance(module, Elastic))
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """What a run owns, by the names of the model: the stages, and task heads or norms that trained."""
+        """Collects what belongs to a run, by the model's names: the stages, and task heads or norms that trained."""
         own: dict[str, nn.Parameter] = {}
         for name, module in self.model.named_modules():
             if not isinstance(module, Elastic):
                 continue
             if isinstance(module, ElasticLinear):
-                own |= {f"{name}.{key}": p for key, p in module.adapter_parameters()}
+                own |= {f"{name}.{key}": parameter for key, parameter in module.adapter_parameters()}
             if module.owned:
-                own |= {f"{name}.{key}": p for key in ("weight", "bias") if (p := getattr(module, key)) is not None}
+                for key in ("weight", "bias"):
+                    if (parameter := getattr(module, key)) is not None:
+                        own[f"{name}.{key}"] = parameter
         return own
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters the base came with, but for task heads; each tied one once."""
-        adapters = {f"{n}.{k}" for n, m in self.model.named_modules() if isinstance(m, ElasticLinear)
-                    for k, _ in m.adapter_parameters()}  # fmt: skip
-        heads = {f"{n}.{k}" for n, m in self.model.named_modules() if isinstance(m, ElasticLinear) and m.owned
-                 for k in ("weight", "bias")}  # fmt: skip
-        return {n: p for n, p in self.model.named_parameters() if n not in adapters and n not in heads}
+        """Collects the parameters that the base came with, but for task heads; each tied one once."""
+        added = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, ElasticLinear):
+                added |= {f"{name}.{key}" for key, _ in module.adapter_parameters()}
+                if module.owned:  # a task head
+                    added |= {f"{name}.weight", f"{name}.bias"}
+        return {name: parameter for name, parameter in self.model.named_parameters() if name not in added}
 
     def fingerprint(self) -> Fingerprint:
-        """Hashes each base parameter as loaded, in fp32, bf16 and fp16; computed once, before it is reordered."""
+        """Hashes each base parameter as it was loaded, in fp32, bf16 and fp16: once, before anything is reordered."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.base_parameters())
         return self._fingerprint
@@ -266,10 +291,13 @@ class SuperTransformer(nn.Module):
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the stages, the space, the permutation and the reference to the base; not the base itself.
+        """Writes the stages, the space, the permutation and a reference to the base; not the base itself.
 
-        Files: `mlfs.json` and the safetensors file it names. Written under new names first, so that an interrupted
-        save leaves what was there.
+        The folder then holds `mlfs.json` and the safetensors file that it names. Both are written under new names
+        first, so that a save that is cut off leaves what was there.
+
+        Raises:
+            MLFSError: `path` is a file, or cannot be written.
         """
         config = self.model.config
         state = SavedState(
@@ -283,7 +311,7 @@ class SuperTransformer(nn.Module):
             stages=self.stages,
             alpha=self.alpha,
             trained_stages=self.trained_stages,
-            owned=sorted(n for n, m in self.model.named_modules() if isinstance(m, Elastic) and m.owned),
+            owned=sorted(self._owned_modules()),
             permutation=self.permutation,
             parameters=self.own_parameters(),
         )
@@ -309,10 +337,10 @@ class SuperTransformer(nn.Module):
         given = type(model).__name__
         if given != state.architecture:
             raise MLFSError(f"{path} was trained on a {state.architecture}, the base given is a {given}")
-        # heads are the run's own
+        # Task heads belong to the run, so that those of the base at hand do not count.
         base = {
-            name: p
-            for name, p in model.named_parameters()
+            name: parameter
+            for name, parameter in model.named_parameters()
             if name in state.fingerprint or name.rpartition(".")[0] not in state.owned
         }
         found = fingerprint(base)
@@ -342,6 +370,12 @@ class SuperTransformer(nn.Module):
             self.permutation = state.permutation
         self._load_parameters(state, path)
 
+    def _owned_modules(self) -> Iterator[str]:
+        """Yields the names of the modules whose weights belong to the run."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Elastic) and module.owned:
+                yield name
+
     def _load_parameters(self, state: SavedState, path: str | Path) -> None:
         """Copies saved parameters into the super-transformer's own."""
         for name, module in self.model.named_modules():
@@ -361,7 +395,7 @@ class SuperTransformer(nn.Module):
                     found, expected = tuple(saved[name].shape), tuple(parameter.shape)
                     raise MLFSError(f"{path}: tensor {name} has shape {found}, the model has {expected}")
                 parameter.copy_(saved[name])
-        self.merge_stages(self.merged_stages)  # anew, of what was loaded
+        self.merge_stages(self.merged_stages)  # the merged copies are made anew, of what was loaded
 
 
 def _refuse(*_: Any, message: str, **__: Any) -> None:

@@ -20,14 +20,23 @@ Permutation = dict[UnitAxis, list[int]]
 
 
 def permutation_of(scores: Mapping[UnitAxis, Tensor]) -> Permutation:
-    """Ranks the units of each axis by score, highest first; equal ones keep their order."""
-    return {axis: torch.argsort(s, descending=True, stable=True).tolist() for axis, s in scores.items()}
+    """Ranks the units of each axis by score, highest first; units of equal score keep their order.
+
+    Args:
+        scores: for each axis one score per unit, (units,).
+    """
+    return {axis: torch.argsort(values, descending=True, stable=True).tolist() for axis, values in scores.items()}
 
 
 @torch.no_grad()
 def permute(model: nn.Module, permutation: Permutation, dims: Dimensions) -> None:
-    """Reorders all weights, adapters and heads of an elastic model in place."""
-    done = set()
+    """Reorders all weights, adapters and heads of an elastic model in place.
+
+    Args:
+        permutation: for each axis that is reordered, the old index of each unit at its new place.
+        dims: the full sizes of `model`.
+    """
+    done = set()  # a tied matrix, which two modules hold, is reordered once along each dim
 
     def reorder(parameter: Tensor | None, dim: int, index: Tensor) -> None:
         if parameter is not None and (id(parameter), dim) not in done:
@@ -62,13 +71,13 @@ def permute(model: nn.Module, permutation: Permutation, dims: Dimensions) -> Non
 
 def compose(first: Permutation, then: Permutation) -> Permutation:
     """Makes the permutation that does `first`, then `then`."""
-    axes = first.keys() | then.keys()
-    return {
-        axis: [first[axis][i] for i in then[axis]]
-        if axis in first and axis in then
-        else first.get(axis, then.get(axis, []))
-        for axis in axes
-    }
+    composed = dict(first)
+    for axis, order in then.items():
+        if axis in first:
+            composed[axis] = [first[axis][index] for index in order]
+        else:
+            composed[axis] = order
+    return composed
 
 
 def difference(have: Permutation, want: Permutation) -> Permutation:
@@ -76,9 +85,9 @@ def difference(have: Permutation, want: Permutation) -> Permutation:
     result: Permutation = {}
     for axis in have.keys() | want.keys():
         length = len(have.get(axis) or want[axis])
-        old = have.get(axis, list(range(length)))
-        place = {unit: i for i, unit in enumerate(old)}
-        result[axis] = [place[unit] for unit in want.get(axis, list(range(length)))]
+        unchanged = list(range(length))
+        place = {unit: index for index, unit in enumerate(have.get(axis, unchanged))}
+        result[axis] = [place[unit] for unit in want.get(axis, unchanged)]
     return result
 
 

@@ -8,15 +8,15 @@ SPACE = SearchSpace((48, 32, 16), (6, 4, 2), (40, 24, 16), ((0, 1, 2, 3), (0, 2,
 indices = st.sets(st.integers(0, 60), min_size=1, max_size=8).map(lambda s: tuple(sorted(s)))
 
 
-sizes = st.integers(1, 5000)
-descending = st.sets(sizes, min_size=1, max_size=5).map(lambda s: tuple(sorted(s, reverse=True)))
+positive = st.integers(1, 5000)
+descending = st.sets(positive, min_size=1, max_size=5).map(lambda s: tuple(sorted(s, reverse=True)))
 
 
 @st.composite
 def subnets(draw) -> Subnet:
     layers = draw(indices)
-    each = st.one_of(sizes, st.tuples(*[sizes] * len(layers)))
-    return Subnet(draw(sizes), draw(each), draw(each), layers)
+    each = st.one_of(positive, st.tuples(*[positive] * len(layers)))
+    return Subnet(draw(positive), draw(each), draw(each), layers)
 
 
 @st.composite
