@@ -80,7 +80,7 @@ def test_the_page_of_the_environment_names_two_backends_that_agree() -> None:
     torch.testing.assert_close(space["y"], space["expected"])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "add_a_family"], ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
