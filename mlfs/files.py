@@ -21,7 +21,18 @@ def write_json(path: Path, value: Any) -> None:
     with temporary_file(path.parent, ".json") as temporary:
         text = json.dumps(value, indent=1, separators=(",", ": "))
         Path(temporary).write_text(_short_lists(text) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        move_into_place(temporary, path)
+
+
+def move_into_place(temporary: str, path: Path) -> None:
+    """Renames a finished temporary file to `path`, in place of what is there, with an ordinary file's permissions.
+
+    Only now are they certain: a writer that makes the file anew, as safetensors does, leaves it to its owner alone.
+    """
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
+    os.replace(temporary, path)
 
 
 def hash_file(path: str | Path) -> str:
@@ -35,12 +46,9 @@ def hash_file(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, suffix: str) -> Iterator[str]:
-    """Yields the name of a new, empty file in `folder`; unless it was renamed, it is removed when the block ends."""
+    """Yields the name of a new, empty file in `folder`; unless it was moved into place, it goes with the block."""
     handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=folder)
     os.close(handle)
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)  # as an ordinary file; mkstemp's are the owner's alone
     try:
         yield name
     finally:

@@ -8,7 +8,6 @@ Format 2 keeps the permutation as int32 tensors; format 1, which had it in the J
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.files import hash_file, temporary_file, write_json
+from mlfs.files import hash_file, move_into_place, temporary_file, write_json
 from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
@@ -101,7 +100,7 @@ def write_state(state: SavedState, path: Path) -> None:
             save_file(tensors | _permutation_tensors(state.permutation), temporary, metadata={"format": "pt"})
             digest = hash_file(temporary)
             name = f"stages-{digest[:8]}.safetensors"
-            os.replace(temporary, path / name)
+            move_into_place(temporary, path / name)
         values["tensors"] = {"file": name, "sha256": digest}
         values["checksum"] = _checksum(values)
         write_json(path / CONFIG_NAME, values)

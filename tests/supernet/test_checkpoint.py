@@ -78,6 +78,12 @@ def test_what_is_saved_is_the_stages_alone(saved):
     assert {path.name for path in folder.iterdir()} == {"mlfs.json", state["tensors"]["file"]}
 
 
+def test_every_file_of_a_run_has_the_permissions_of_an_ordinary_one(saved):
+    _, folder = saved
+    (folder / "ordinary").touch()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_a_run_of_format_1_loads_as_it_was(saved):
     """It had the permutation in the JSON, under "live_stages" how many stages had trained, and no other difference."""
     supernet, folder = saved
@@ -273,10 +279,10 @@ def second_call(action: Callable) -> Callable:
 
 
 INTERRUPTIONS = {
-    "writing the tensors": lambda action: ("save_file", action),
-    "renaming the tensors": lambda action: ("os.replace", action),
-    "renaming the json": lambda action: ("os.replace", second_call(action)),
-    "writing the json": lambda action: ("json.dumps", action),
+    "writing the tensors": lambda action: ("supernet.checkpoint.save_file", action),
+    "renaming the tensors": lambda action: ("files.os.replace", action),
+    "renaming the json": lambda action: ("files.os.replace", second_call(action)),
+    "writing the json": lambda action: ("files.json.dumps", action),
 }
 
 
@@ -291,7 +297,7 @@ def test_a_save_that_dies_leaves_the_earlier_one_whole(saved, monkeypatch, where
             parameter += 0.1
     place, replacement = INTERRUPTIONS[where](action)
     with monkeypatch.context() as patch:
-        patch.setattr(f"mlfs.supernet.checkpoint.{place}", replacement)
+        patch.setattr(f"mlfs.{place}", replacement)
         if action is die:
             with pytest.raises(KeyboardInterrupt):
                 supernet.save_pretrained(folder)
