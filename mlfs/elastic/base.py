@@ -26,7 +26,12 @@ class Axes(NamedTuple):
 
 
 class Elastic(nn.Module):
-    """What the elastic layers share: the parameters of the layer they came from, and the subnet they follow."""
+    """Holds what the elastic layers share: the parameters of the layer they came from, and the subnet they follow.
+
+    Attributes:
+        owned: whether its own weight and bias belong to the run, as those of a task head or of a norm that trained do,
+            and are saved with it.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -38,8 +43,7 @@ class Elastic(nn.Module):
         self.training = module.training
         self._template = (_without_parameters(module),)  # in a tuple: not a submodule
         self._scope: Scope | None = None
-        self._extents: tuple[AxisSize, ...] = ()
-        # Whether its base weights belong to the run (a task head, a norm that trained) and are saved with it.
+        self._extents: tuple[AxisSize, ...] = ()  # the axis of each fused part of the output
         self.owned = False
 
     def bind(self, scope: Scope, *extents: AxisSize) -> None:
@@ -57,23 +61,31 @@ class Elastic(nn.Module):
                 parameter.requires_grad_(trains)
 
     def plain(self, **parameters: Tensor | None) -> nn.Module:
-        """A module of the class this one was made from, holding `parameters`."""
+        """Makes a module of the class this one was made from, holding `parameters`."""
         module = copy.copy(self._template[0])
-        module._parameters = {name: None if p is None else nn.Parameter(p) for name, p in parameters.items()}
+        module._parameters = {}
+        for name, value in parameters.items():
+            module._parameters[name] = None if value is None else nn.Parameter(value)
         module.training = self.training
         return module
 
     def extract(self, sizes: LayerSizes) -> nn.Module:
-        """The plain, smaller module that computes the same under `sizes`."""
+        """Makes the plain, smaller module that computes the same as this one under `sizes`."""
         raise NotImplementedError
 
     def _row_sizes(self) -> RowSizes | None:
-        sizes = None if self._scope is None else self._scope.sizes
+        """The active sizes, where each row of the batch has its own; else None."""
+        if self._scope is None:
+            return None
+        sizes = self._scope.sizes
         return sizes if isinstance(sizes, RowSizes) else None
 
     def _size(self, asked: int | None, full: int, what: str) -> int:
+        """The size that a call asks for, else the active subnet's, else the full one."""
         if asked is None:
-            return full if self._scope is None or not self._extents else self._extents[0](self._scope.sizes)
+            if self._scope is None or not self._extents:
+                return full
+            return self._extents[0](self._scope.sizes)
         if not 1 <= asked <= full:
             raise MLFSError(f"{what}={asked}: expected 1 to {full}")
         return asked

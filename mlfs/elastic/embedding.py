@@ -8,7 +8,7 @@ from mlfs.space.dimensions import LayerSizes
 
 
 class ElasticEmbedding(Elastic):
-    """Rows of an embedding table, cut to the leading `features` columns (else the active subnet's, else all).
+    """Looks up rows of an embedding table, cut to the leading columns: `features`, else the active subnet's, else all.
 
     >>> import torch
     >>> ElasticEmbedding.from_embedding(nn.Embedding(100, 64))(torch.tensor([[1, 2]]), features=48).shape
@@ -25,11 +25,15 @@ class ElasticEmbedding(Elastic):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, train_base: bool = False) -> "ElasticEmbedding":
-        """An elastic layer on the storage of `embedding`; frozen unless `train_base`."""
+        """Makes an elastic layer on the storage of `embedding`; frozen unless `train_base`."""
         return cls(embedding, train_base)
 
     def forward(self, ids: Tensor, features: int | None = None) -> Tensor:
-        """ids: (...) integers -> (..., features)."""
+        """Looks up ids (...), integers: (..., features).
+
+        Raises:
+            MLFSError: more features than the table has.
+        """
         width = self._size(features, self.embedding_dim, "features")
         return nn.functional.embedding(ids, self.weight[:, :width], self.padding_idx)
 

@@ -19,11 +19,11 @@ from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
 
 class ElasticLinear(Elastic):
-    """y = x · W[:m, :n]ᵀ + b[:m] + Σ_s c_s (x · A_s[:, :n]ᵀ) B_s[:m]ᵀ for a Linear's own W (out, in) and b.
+    """Computes y = x · W[:m, :n]ᵀ + b[:m] + Σ_s c_s (x · A_s[:, :n]ᵀ) B_s[:m]ᵀ for a Linear's own W (out, in) and b.
 
-    n is read off x. m is `out_features` of the call, else the active subnet's, else all. The low-rank stages
-    (`lora_A[s]`: (rank, in), `lora_B[s]`: (out, rank)) start at zero effect: B_s = 0. Stage 0 trains until
-    `train_stage` says otherwise. Scale c_s = alpha / rank, as in LoRA (arXiv 2106.09685).
+    The width n is that of x. The number of rows m is `out_features` of the call, else the active subnet's, else all.
+    The low-rank stages (`lora_A[s]`: (rank, in), `lora_B[s]`: (out, rank)) start at zero effect: B_s = 0. Stage 0
+    trains until `train_stage` says otherwise. The scale is c_s = alpha / rank, as in LoRA (arXiv 2106.09685).
 
     >>> layer = ElasticLinear.from_linear(nn.Linear(768, 3072), rank=8, stages=3)
     >>> layer(torch.ones(2, 5, 512), out_features=1536).shape
@@ -47,8 +47,8 @@ class ElasticLinear(Elastic):
             )
         self.rank, self.stages, self.merged_stages = rank, stages if rank else 0, 0
         # Adapters stay in fp32 over a half-precision base: their updates are small.
-        kind = torch.promote_types(self.weight.dtype, torch.float32)
-        like: dict[str, Any] = {"dtype": kind, "device": self.weight.device}
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        like: dict[str, Any] = {"dtype": dtype, "device": self.weight.device}
         self.lora_A = nn.ParameterList(
             nn.init.kaiming_uniform_(torch.empty(rank, self.in_features, **like), a=math.sqrt(5))
             for _ in range(self.stages)
@@ -56,33 +56,44 @@ class ElasticLinear(Elastic):
         self.lora_B = nn.ParameterList(torch.zeros(self.out_features, rank, **like) for _ in range(self.stages))
         self.scales = [alpha / max(rank, 1)] * self.stages
         self.trained_stages = min(self.stages, 1)  # later stages have B = 0 and cost nothing
-        self._reads: AxisSize | None = None
+        self._reads: AxisSize | None = None  # the axis of the input
         self.register_buffer("_merged", None, persistent=False)
         self.train_base(train_base)
         self.train_stage(0 if self.stages else None)
-        self._parts: tuple[int, ...] = (self.out_features,)
+        self._parts: tuple[int, ...] = (self.out_features,)  # rows of each fused part at the full width
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, rank: int = 8, stages: int = 3, alpha: float = 16.0, train_base: bool = False
     ) -> "ElasticLinear":
-        """An elastic layer on the storage of `linear` (an nn.Linear, or transformers' Conv1D).
+        """Makes an elastic layer on the storage of `linear` (an nn.Linear, or transformers' Conv1D).
 
         Args:
             rank, stages, alpha: of the low-rank stages; rank 0 for none.
             train_base: whether W and b themselves train (for a network trained from scratch); else they are frozen.
+
+        Raises:
+            MLFSError: another kind of module, or a rank or a number of stages that the layer cannot have.
         """
         return cls(linear, rank, stages, alpha, train_base)
 
     def bind(self, scope: Scope, *extents: AxisSize, reads: AxisSize | None = None) -> None:
+        """Lets the active subnet of `scope` give the sizes, along one axis for each fused part.
+
+        Args:
+            reads: the axis that the input follows; None where its width is fixed.
+
+        Raises:
+            MLFSError: axes that do not make up the layer at their full sizes.
+        """
         super().bind(scope, *extents)
         self._reads = reads
         self._parts = tuple(extent(scope.default) for extent in extents) or (self.out_features,)
-        full = reads(scope.default) if reads else self.in_features
-        if (sum(self._parts), full) != (self.out_features, self.in_features):
+        columns, rows = self._columns(scope.default), sum(self._parts)
+        if (rows, columns) != (self.out_features, self.in_features):
             raise MLFSError(
                 f"a {self.out_features} x {self.in_features} projection, where the model's configuration makes it "
-                f"{sum(self._parts)} x {full}"
+                f"{rows} x {columns}"
             )
 
     def forward(
@@ -153,15 +164,14 @@ class ElasticLinear(Elastic):
         """Gives the rows of W that are read now, as flat (start, length) pairs."""
         if len(self._extents) < 2 or self._scope is None:
             return [0, self._size(out_features, self.out_features, "out_features")]
-        return self._fused_spans(self._scope.sizes)
+        return self._spans_of(self._scope.sizes)
 
     def _groups(self, x: Tensor, rows: RowSizes) -> list[Group]:
-        tokens = x[0].numel() // x.shape[-1]
+        tokens = x[0].numel() // x.shape[-1]  # of one row of the batch
         groups = []
         for start, end, sizes in rows.runs(x.shape[0]):
-            spans = self._fused_spans(sizes) if self._extents else [0, self.out_features]
-            n = self._reads(sizes) if self._reads else self.in_features
-            groups.append(Group(start * tokens, (end - start) * tokens, n, tuple(spans)))
+            spans = tuple(self._spans_of(sizes))
+            groups.append(Group(start * tokens, (end - start) * tokens, self._columns(sizes), spans))
         return groups
 
     def axes(self) -> Axes:
@@ -170,7 +180,11 @@ class ElasticLinear(Elastic):
         return Axes(self._reads, tuple(OutputPart(size, end - length, end) for size, length, end in parts))
 
     def train_stage(self, stage: int | None) -> None:
-        """Lets only the adapters of `stage` train; None: of no stage."""
+        """Lets only the adapters of `stage` train, or, for None, those of no stage.
+
+        Raises:
+            MLFSError: a stage that the layer does not have, or that is merged.
+        """
         if stage is not None and not 0 <= stage < self.stages:
             raise MLFSError(f"stage={stage}: this layer has stages 0 to {self.stages - 1}")
         if stage is not None and stage < self.merged_stages:
@@ -183,7 +197,13 @@ class ElasticLinear(Elastic):
 
     @torch.no_grad()
     def merge_stages(self, stages: int) -> None:
-        """Reads the first `stages` stages from one merged matrix, in fp32 or wider, beside the untouched W; 0: W."""
+        """Reads the first `stages` stages from one merged matrix beside the untouched W, or, for 0, reads W again.
+
+        The matrix is in fp32 or wider: in a half-precision base's own type, small updates would be lost.
+
+        Raises:
+            MLFSError: stages that the layer does not have, or a base that trains.
+        """
         if not 0 <= stages <= self.stages:
             raise MLFSError(f"cannot merge {stages} of {self.stages} stages")
         if stages and self.weight.requires_grad:
@@ -194,39 +214,53 @@ class ElasticLinear(Elastic):
             self.merged_stages = stages
 
     def merged_weight(self, stages: int | None = None, columns: int | None = None, spans: Sequence[int] = ()) -> Tensor:
-        """(W + Σ_{s < stages} c_s B_s A_s)[rows, :columns], in the adapters' type; all by default."""
-        n = self.in_features if columns is None else columns
+        """Computes (W + Σ_{s < stages} c_s B_s A_s)[rows, :columns], in the adapters' type.
+
+        Args:
+            stages: how many of the stages that trained are added; all by default.
+            columns: all by default. spans: the rows, as flat (start, length) pairs; all by default.
+        """
+        if columns is None:
+            columns = self.in_features
         spans = spans or [0, self.out_features]
-        rows = torch.cat([torch.arange(a, a + k) for a, k in zip(spans[::2], spans[1::2], strict=True)])
-        rows = rows.to(self.weight.device)
-        kind = torch.promote_types(self.weight.dtype, torch.float32)
-        w = self._matrix()[:, :n].index_select(0, rows).to(kind)
-        for a, b, c in list(zip(self.lora_A, self.lora_B, self.scales, strict=True))[: self.trained_stages][:stages]:
-            w = torch.addmm(w, b.index_select(0, rows), a[:, :n], alpha=c)
-        return w
+        pairs = zip(spans[::2], spans[1::2], strict=True)
+        rows = torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(self.weight.device)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        merged = self._matrix()[:, :columns].index_select(0, rows).to(dtype)  # (rows, columns)
+        trained = list(zip(self.lora_A, self.lora_B, self.scales, strict=True))[: self.trained_stages]
+        for lora_a, lora_b, scale in trained[:stages]:
+            merged = torch.addmm(merged, lora_b.index_select(0, rows), lora_a[:, :columns], alpha=scale)
+        return merged
 
     @torch.no_grad()
     def extract(self, sizes: LayerSizes) -> nn.Module:
-        n, _ = self.read_sizes(sizes)
-        spans = self._fused_spans(sizes) if self._extents else [0, self.out_features]
-        weight = self.merged_weight(None, n, spans).to(self.weight.dtype)
-        bias = self.bias
+        spans = self._spans_of(sizes)
+        weight = self.merged_weight(None, self._columns(sizes), spans).to(self.weight.dtype)
+        bias: Tensor | None = self.bias
         if bias is not None:
             pairs = zip(spans[::2], spans[1::2], strict=True)
-            bias = torch.cat([bias[a : a + k] for a, k in pairs])  # type: ignore[assignment]
-        module = self.plain(weight=weight.t().contiguous() if self.transposed else weight.contiguous(), bias=bias)
-        names = ("nf", "nx") if self.transposed else ("out_features", "in_features")
-        for name, size in zip(names, weight.shape, strict=True):
+            bias = torch.cat([bias[start : start + length] for start, length in pairs])
+        names = ("out_features", "in_features")
+        rows_and_columns = weight.shape
+        if self.transposed:  # a Conv1D, which keeps (in, out)
+            weight, names = weight.t(), ("nf", "nx")
+        module = self.plain(weight=weight.contiguous(), bias=bias)
+        for name, size in zip(names, rows_and_columns, strict=True):
             setattr(module, name, size)
         return module
 
     def read_sizes(self, sizes: LayerSizes) -> tuple[int, int]:
-        """(n, m): how many columns and rows of W a subnet reads; 0 where it leaves the layer out."""
-        m = sum(extent(sizes) for extent in self._extents) if self._extents else self.out_features
-        return self._reads(sizes) if self._reads else self.in_features, m
+        """Gives (n, m): how many columns and rows of W a subnet reads; 0 where it leaves the layer out."""
+        rows = self.out_features
+        if self._extents:
+            rows = sum(extent(sizes) for extent in self._extents)
+        return self._columns(sizes), rows
+
+    def _columns(self, sizes: LayerSizes) -> int:
+        return self._reads(sizes) if self._reads else self.in_features
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, tensor) of every stage."""
+        """Gives (name, tensor) of every stage's A and B."""
         yield from self.lora_A.named_parameters("lora_A")
         yield from self.lora_B.named_parameters("lora_B")
 
@@ -238,7 +272,10 @@ class ElasticLinear(Elastic):
     def _matrix(self) -> Tensor:
         return self.weight.t() if self.transposed else self.weight
 
-    def _fused_spans(self, sizes: LayerSizes) -> list[int]:
+    def _spans_of(self, sizes: LayerSizes) -> list[int]:
+        """The rows that `sizes` read: of each fused part the leading ones."""
+        if not self._extents:
+            return [0, self.out_features]
         spans, start = [0, 0], 0
         for extent, part in zip(self._extents, self._parts, strict=True):
             length = extent(sizes)
@@ -251,14 +288,14 @@ class ElasticLinear(Elastic):
 
 
 def train_stage(module: nn.Module, stage: int | None) -> None:
-    """Lets the adapters of one stage train in every elastic layer of `module`; None: of no stage."""
+    """Lets the adapters of one stage train in every elastic layer of `module`, or, for None, those of no stage."""
     for layer in module.modules():
         if isinstance(layer, ElasticLinear) and layer.stages:
             layer.train_stage(stage)
 
 
 def _values(parameters: nn.ParameterList) -> list[Tensor]:
-    """Its parameters; iterating over it takes longer than a small product."""
+    """The parameters of a list; iterating over it takes longer than a small product."""
     return list(parameters._parameters.values())  # type: ignore[arg-type]
 
 

@@ -10,14 +10,14 @@ from mlfs.space.dimensions import LayerSizes
 
 
 class ElasticNorm(Elastic):
-    """What the norms share."""
+    """Holds what the norms share."""
 
     eps: float
     rms: bool
     statistics: torch.dtype | None = None  # the type they are taken in, where it is not x's or wider
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n)."""
+        """Normalises the leading n numbers: (..., n) -> (..., n)."""
         return self.after(x)[0]
 
     def axes(self) -> Axes:
@@ -26,27 +26,34 @@ class ElasticNorm(Elastic):
         return Axes(sizes[0] if sizes else None, tuple(OutputPart(size, 0, width) for size in sizes))
 
     def after(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(norm(s), s) of s = residual + dropout(x), each (..., n).
+        """Computes (norm(s), s) of s = residual + dropout(x), each (..., n).
 
         Args:
             residual: (..., n), or None for nothing.
             p: probability of dropout.
+
+        Raises:
+            MLFSError: x wider than the norm, or a p that is no probability below 1.
         """
         if self.weight is not None and x.shape[-1] > self.weight.shape[0]:
             raise MLFSError(f"input of width {x.shape[-1]}, expected at most {self.weight.shape[0]}")
-        if (rows := self._row_sizes()) is None:
+        rows = self._row_sizes()
+        if rows is None:
             return self._norm(x, residual, p)
-        x = nn.functional.dropout(x, p)
-        s = x if residual is None else residual + x
+        total = nn.functional.dropout(x, p)
+        if residual is not None:
+            total = residual + total
         parts = []  # of each row the leading numbers that it has, zeros after them
-        for start, end, sizes in rows.runs(s.shape[0]):
+        for start, end, sizes in rows.runs(total.shape[0]):
             width = self._extents[0](sizes)
-            y, _ = self._norm(s[start:end, ..., :width])
-            parts.append(nn.functional.pad(y, (0, s.shape[-1] - width)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts), s
+            y, _ = self._norm(total[start:end, ..., :width])
+            parts.append(nn.functional.pad(y, (0, total.shape[-1] - width)))
+        if len(parts) == 1:
+            return parts[0], total
+        return torch.cat(parts), total
 
     def reads_now(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """(weight, bias, eps), in the operators' order."""
+        """Gives (weight, bias, eps), as operators take them."""
         return self.weight, self.bias, self.eps
 
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,7 @@ class ElasticNorm(Elastic):
 
 
 class ElasticLayerNorm(ElasticNorm):
-    """LayerNorm over however many numbers the input has, with the leading ones of weight and bias.
+    """Applies LayerNorm over as many numbers as the input has, with the leading ones of weight and bias.
 
     >>> ElasticLayerNorm.from_layer_norm(nn.LayerNorm(64))(torch.randn(2, 48)).shape
     torch.Size([2, 48])
@@ -71,21 +78,18 @@ class ElasticLayerNorm(ElasticNorm):
 
     @classmethod
     def from_layer_norm(cls, norm: nn.LayerNorm, train_base: bool = False) -> "ElasticLayerNorm":
-        """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
+        """Makes an elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
 
     def extract(self, sizes: LayerSizes) -> nn.Module:
         width = self._extents[0](sizes)
-        module = self.plain(
-            weight=None if self.weight is None else self.weight.detach()[:width].clone(),
-            bias=None if self.bias is None else self.bias.detach()[:width].clone(),
-        )
+        module = self.plain(weight=_leading(self.weight, width), bias=_leading(self.bias, width))
         module.normalized_shape = (width,)  # type: ignore[assignment]
         return module
 
 
 class ElasticRMSNorm(ElasticNorm):
-    """RMSNorm over however many numbers the input has, with the leading ones of the weight.
+    """Applies RMSNorm over as many numbers as the input has, with the leading ones of the weight.
 
     Made from torch's nn.RMSNorm or a transformers one (any module with `weight` and `variance_epsilon` or `eps`).
 
@@ -106,7 +110,7 @@ class ElasticRMSNorm(ElasticNorm):
 
     @classmethod
     def from_rms_norm(cls, norm: nn.Module, train_base: bool = False) -> "ElasticRMSNorm":
-        """An elastic layer on the storage of `norm`; frozen unless `train_base`."""
+        """Makes an elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
 
     def extract(self, sizes: LayerSizes) -> nn.Module:
@@ -115,3 +119,10 @@ class ElasticRMSNorm(ElasticNorm):
         if isinstance(module, nn.RMSNorm):
             module.normalized_shape = (width,)
         return module
+
+
+def _leading(parameter: Tensor | None, width: int) -> Tensor | None:
+    """A copy of the leading numbers of a parameter."""
+    if parameter is None:
+        return None
+    return parameter.detach()[:width].clone()

@@ -11,7 +11,7 @@ from mlfs.space.dimensions import LayerSizes
 
 
 class Scope:
-    """What is active: per thread and task (a context variable), so that threads do not see each other's subnet.
+    """Holds the active sizes: per thread and task (a context variable), so that threads do not see each other's subnet.
 
     torch.compile cannot trace a context variable; while it traces, the sizes last entered in the process are read.
     """
@@ -23,7 +23,7 @@ class Scope:
 
     @property
     def sizes(self) -> LayerSizes:
-        """The active sizes, maxnet's where none were activated."""
+        """The active sizes; maxnet's where none were activated."""
         if torch.compiler.is_compiling():
             return self._traced
         return self._active.get() or self.default

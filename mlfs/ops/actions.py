@@ -34,6 +34,7 @@ def linear(x: Tensor, layer: LowRankLinear, epilogue: Epilogue = NOTHING, trains
     """
     direct = direct_implementation("direct_linears", x, layer.weight, epilogue.operand, epilogue.residual)
     if direct is not None:
+        # The extension checks shapes and types; activations go there as numbers.
         if epilogue is not NOTHING:
             check_epilogue(epilogue)
         return direct(x, (layer,), epilogue)[0]
@@ -56,10 +57,11 @@ def linears(
     Returns:
         [(..., m_i) of each layer], or, gated, [(..., m)]; and x, if it `returns_input`.
     """
+    # Without gradients the operator of several layers has nothing to add: the direct call takes them all, too.
     direct = direct_implementation("direct_linears", x, *[layer.weight for layer in layers])
     if direct is None and has_implementation("joint_backward", x) and may_join(layers):
         return joint_linear(x, layers, gated, returns_input)
-    if gated:
+    if gated:  # SiLU and the product with the other are computed while the gate's product is in registers
         gate, up = layers
         ys = [linear(x, gate, Epilogue("silu_mul", operand=linear(x, up)))]
     elif direct is not None:

@@ -26,12 +26,12 @@ def keep_layers(
             keeps nothing but its weights.
         others: what is always needed; None where there is nothing.
     """
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # None, not zeros, for a result that nothing comes back through
     pairs = zip(layers.lora_a, layers.lora_b, strict=True)
     ctx.trains = [lora_a.requires_grad or lora_b.requires_grad for lora_a, lora_b in pairs]
     ctx.counts = len(for_adapters) + len(others), len(layers.weights), len(layers.biases), len(layers.lora_a)
     ctx.scales, ctx.spans = layers.scales, layers.spans
-    ctx.columns, ctx.dtype = x.shape[-1], x.dtype
+    ctx.columns, ctx.dtype = x.shape[-1], x.dtype  # x itself may not be kept
     first: list[Tensor | None] = [None] * len(for_adapters)
     if any(ctx.trains):
         first = list(for_adapters)

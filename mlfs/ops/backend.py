@@ -40,7 +40,7 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str:
     Raises:
         MLFSError: a backend is forced that cannot run on them; the message says why.
     """
-    if _forced is None:
+    if _forced is None:  # the usual way, at every call of a layer
         for backend in table.ASKED:
             if backend.takes(x, others):
                 return backend.name
@@ -62,6 +62,7 @@ def run(operator: str, on: tuple[Tensor | None, ...], *arguments: Any) -> Any:
     x, *others = on
     assert x is not None
     own = table.find(backend_of(x, *others), operator)
+    # A backend need not have all operators, nor take all sizes of those that it has.
     if own is not None:
         result = own(*arguments)
         if result is not NotImplemented:
@@ -85,7 +86,7 @@ def direct_implementation(operator: str, x: Tensor, *others: Tensor | None) -> C
     """
     if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling():
         return None
-    if autocast_type(x) is not None:
+    if autocast_type(x) is not None:  # x is cast on the way to an operator
         return None
     return table.find(backend_of(x, *others), operator)
 

@@ -30,7 +30,7 @@ def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
     """
     student, teacher = _widened(student, teacher.detach())
     weight = _weights(student, mask)
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)  # (..., V)
     log_q = torch.log_softmax(student / temperature, dim=-1)
     of_rows = (log_p.exp() * (log_p - log_q)).sum(-1)  # (...)
     return temperature**2 * (of_rows * weight).sum() / weight.sum().clamp_min(1)
@@ -94,7 +94,7 @@ def _feature_difference(
     of_teacher = teacher @ projection.to(teacher.dtype).t()
     of_student, of_teacher = _widened(of_student, of_teacher)
     difference = of_student.sub_(of_teacher)
-    if mask is not None:
+    if mask is not None:  # filled, not multiplied by 0: rows that do not count may hold no numbers
         left_out = ~mask.unsqueeze(1)
         difference = difference.masked_fill_(left_out, 0)
         of_teacher = of_teacher.masked_fill_(left_out, 0)
@@ -124,11 +124,12 @@ def _feature_distance(
     student: Tensor, teacher: Tensor, projection: Tensor, mask: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(value, d, scale): d (T, p) is the difference of the projections, empty without `keep`; d value = scale · d."""
-    counts = None if mask is None else mask.reshape(-1)
+    counts = None if mask is None else mask.reshape(-1)  # (T,)
     rows = flat_rows(student), flat_rows(teacher)
     above, below, difference = run("feature_difference", (student,), *rows, projection, counts, keep)
     value = above / below.clamp_min(torch.finfo(below.dtype).tiny)
-    return value, difference, torch.where(below > 0, 2 / below, 0)
+    scale = torch.where(below > 0, 2 / below, 0)  # no gradient from a teacher that is zero everywhere
+    return value, difference, scale
 
 
 @_feature_distance.register_fake
@@ -159,6 +160,7 @@ def _feature_distance_backward(
     if student is not None and teacher is not None:
         sums = run("feature_projected_gradient", on, difference, flat_rows(teacher))  # (p, N)
         more = run("feature_projected_gradient", on, difference, flat_rows(student))  # (p, n)
+        # d = student · P[:, :n]ᵀ − teacher · Pᵀ, so dP = dᵀ · student on n columns, minus dᵀ · teacher on all.
         sums.neg_()[:, :columns] += more
         d_projection = sums.mul_(scale).to(projection.dtype)
     return dx, d_projection

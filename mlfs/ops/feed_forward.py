@@ -66,6 +66,7 @@ def may_feed_forward(layers: Sequence[LowRankLinear], activation: str) -> bool:
     stages of one rank.
     """
     *ups, down = layers
+    # Layers are laid out as lists, which are cut into as many equal parts: see `mlfs.ops.layer.unflatten`.
     kinds = {(len(layer.lora_a), layer.bias is None) for layer in layers}
     if len(kinds) > 1 or activation not in ACTIVATIONS[1:] or not reads_leading_rows(down):
         return False
@@ -128,15 +129,15 @@ def _feed_forward(
     """(y, h of what reads x, h of down, pre: what goes into the activation, up(x) if gated, what down reads unless it
     is made again): all but y are 2-d, and for the backward pass."""
     *ups, down = unflatten(weights, biases, lora_a, lora_b, scales, spans)
-    flat = flat_rows(x)
+    flat = flat_rows(x)  # (T, n)
     operand = x.new_empty(0)
     if activation == "silu_mul":
-        (activated, operand), h, pre = joint_forward(flat, ups, True, True)
+        (activated, operand), h, pre = joint_forward(flat, ups, True, True)  # (T, width) all but h
     else:
         activated, h, pre = linear_forward(flat, ups[0], Epilogue(activation), True)
     added = flat if adds_x else flat_rows(residual)
     y, h_down, _ = linear_forward(activated, down, Epilogue(residual=added), True)
-    if makes_activated_again(x):
+    if makes_activated_again(x):  # from pre and operand, beside dx: it is not kept
         activated = x.new_empty(0)
     return y.view(*x.shape[:-1], down.rows), h, h_down, pre, operand, activated
 
@@ -187,7 +188,7 @@ def _feed_forward_backward(
     """[dx (empty unless needed), dA and dB of each stage that trains]; `residual`, of x's shape, is added to dx."""
     *ups, down = unflatten(weights, [], lora_a, lora_b, scales, spans)
     reads_x = _stages_that_read_x(weights, lora_a)
-    goes_on = needs_dx or any(trains[:reads_x])
+    goes_on = needs_dx or any(trains[:reads_x])  # beyond `down`
     if makes_activated_again(dy):
         activated = None
     d_pre, d_operand, of_down = linear_backward_through_activation(
@@ -235,6 +236,7 @@ def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: Tensor |
         return of_input, None, *gradients_of_layers(ctx, None), None, None
     needs_dx, needs_residual = ctx.needs_input_grad[:2]
     through = dy.to(ctx.dtype)
+    # What else comes back to x is added by the product that makes dx: of its other readers, and of x as the residual.
     added = of_input
     if ctx.adds_x:
         added = through if of_input is None else of_input + through

@@ -57,7 +57,7 @@ class Group:
 
 def grouped_sliced_linear_reference(x: Tensor, layer: LowRankLinear, groups: Sequence[Group]) -> Tensor:
     """Computes the formula in plain, differentiable PyTorch: one sliced product after the other."""
-    y = x.new_zeros(x.shape[0], layer.weight.shape[0])
+    y = x.new_zeros(x.shape[0], layer.weight.shape[0])  # (T, M)
     for group in groups:
         own = group.read_by(layer)
         if own.rows:
@@ -81,6 +81,7 @@ def grouped_sliced_linear(x: Tensor, layer: LowRankLinear, groups: Sequence[Grou
     Raises:
         MLFSError: groups that overlap, or lie outside x or W.
     """
+    # Checked here, once for all backends: kernels write where the groups say.
     _check_groups(groups, x.shape[0], layer)
     numbers = [number for group in groups for number in _pack(group)]
     x = in_autocast_type(x)
@@ -125,9 +126,11 @@ def _unpack(numbers: list[int]) -> tuple[Group, ...]:
 def _grouped_forward(x: Tensor, layer: LowRankLinear, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor]:
     """Computes (y (T, M), h (T, Σ r_s)): h are the stages' c_s · x A_sᵀ side by side, kept for the backward pass."""
     tokens = x.shape[0]
+    # Zeros, which stay for tokens in no group, and off a group's spans.
     y, h = x.new_zeros(tokens, layer.weight.shape[0]), x.new_zeros(tokens, sum(layer.ranks))
     for group in groups:
         own = group.read_by(layer)
+        # (tokens of the group, its rows side by side)
         part, h[group.rows], _ = linear_forward_reference(x[group.rows, : group.n], own, NOTHING, True)
         for rows, place in own.places:
             y[group.rows, rows] = part[:, place]
@@ -144,6 +147,7 @@ def _grouped_backward(
     total = [torch.zeros_like(t) for t in like_trained(layer.lora_a, layer.lora_b, wanted.trains)]
     for group in groups:
         own = group.read_by(layer)
+        # (tokens of the group, its rows side by side)
         dy_of_group = torch.cat([dy[group.rows, rows] for rows, _ in own.places], 1)
         x_of_group, h_of_group = x, h
         if x is not None and h is not None:
@@ -152,6 +156,7 @@ def _grouped_backward(
         part, gradients = linear_backward_reference(dy_of_group, x_of_group, h_of_group, own, wanted_here)
         if wanted.dx:
             dx[group.rows, : group.n] = part
+        # The layer is one, so its adapters' gradients are sums over the groups.
         for gradient, summand in zip(total, gradients, strict=True):
             gradient += summand
     return dx, total

@@ -83,6 +83,7 @@ def head_loss_reference(
         return linear(rows.to(x.dtype), head.weight[:, :columns], head.bias)[kept].to(wide)  # (rows that count, V)
 
     logits = logits_of(x)
+    # -log q of the label; with smoothing a share of it, and of the mean over the vocabulary.
     log_q = torch.log_softmax(logits, dim=-1)
     task = -log_q.gather(1, labels[kept].unsqueeze(1)).sum()
     if smoothing != 0:
@@ -155,10 +156,10 @@ def _head_rows(
     """Writes task and divergence of each row of logits (rows, V) to sums (2, rows), and with `keep` dz over them; no
     label is to be ignored. of_teacher: the teacher's logits (rows, V)."""
     alpha, temperature, smoothing = shares
-    log_q, labels = torch.log_softmax(logits.to(sums.dtype), dim=-1), labels.unsqueeze(1)
+    log_q, labels = torch.log_softmax(logits.to(sums.dtype), dim=-1), labels.unsqueeze(1)  # (rows, V), (rows, 1)
     sums[0] = (smoothing - 1) * log_q.gather(1, labels).squeeze(1) - smoothing * log_q.mean(-1)
     slope = None
-    if keep:
+    if keep:  # q − (1 − ε) onehot(label) − ε / V
         slope = log_q.exp().sub_(smoothing / logits.shape[1])
         slope.scatter_add_(1, labels, slope.new_full(labels.shape, smoothing - 1))
     if of_teacher is not None:
@@ -166,7 +167,7 @@ def _head_rows(
         if temperature != 1:
             log_r = torch.log_softmax(logits.to(sums.dtype) / temperature, dim=-1)
         log_p = torch.log_softmax(of_teacher.to(sums.dtype) / temperature, dim=-1)
-        p = log_p.exp()
+        p = log_p.exp()  # before log_p is overwritten
         sums[1] = temperature**2 * log_p.sub_(log_r).mul_(p).sum(-1)
         if slope is not None:
             slope.mul_(1 - alpha).add_(log_r.exp().sub_(p), alpha=alpha * temperature)
@@ -191,7 +192,7 @@ def _head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, task, divergence, dx): dx (..., n) is the gradient of loss, empty without `keep`."""
     shares, head = Shares(alpha, temperature, smoothing), Head(weight, bias)
-    rows, labels, teacher = flat_rows(x), labels.reshape(-1), flat_rows(teacher)
+    rows, labels, teacher = flat_rows(x), labels.reshape(-1), flat_rows(teacher)  # (T, n), (T,), (T, N)
     counting = run("rows_that_count", (x,), labels)
     if counting is not None:
         rows, labels = rows[counting], labels[counting]
@@ -230,7 +231,7 @@ def _in_chunks(
     if teacher is None:  # which alone reads all columns
         head = Head(head.weight[:, :columns], head.bias)
     head = head.cast(x.dtype)
-    of_student = Head(head.weight[:, :columns], head.bias)
+    of_student = Head(head.weight[:, :columns], head.bias)  # W[:, :n]
     stride = -(-vocabulary // 64) * 64  # an odd vocabulary's rows, too, start and end at whole cache lines
     chunk_bytes = CHUNK_BYTES.get(backend_of(x), CHUNK_BYTES["reference"])
     size = _rows_of_chunk(tokens, stride * x.dtype.itemsize, chunk_bytes)

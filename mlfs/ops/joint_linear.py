@@ -47,6 +47,7 @@ def may_join(layers: Sequence[LowRankLinear]) -> bool:
     """
     if not 2 <= len(layers) <= 3 or not all(reads_leading_rows(layer) for layer in layers):
         return False
+    # One launch reads every A, of all stages of all layers: they have one shape.
     shapes_of_a = {lora_a.shape for layer in layers for lora_a in layer.lora_a}
     return len({_likeness(layer) for layer in layers}) == 1 and len(shapes_of_a) <= 1
 
@@ -87,10 +88,11 @@ def joint_linear(
             "with the same number of stages, of one rank and type, and all with a bias or none; gated, two of one "
             "size, and x is not carried on"
         )
-    given, x = x, in_autocast_type(x)
+    given, x = x, in_autocast_type(x)  # `given` is what others read, in its own type
     flat = flatten(layers)
     leaves = (x, *flat.lora_a, *flat.lora_b)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    # A copy in another type is nothing that others read: their gradients are added by autograd, as ever.
     if returns_input and keep and x is given:
         return list(_joint_linear_returning_input(x, *flat, gated, keep))
     outputs = _joint_linear(x, *flat, gated, keep)
@@ -126,7 +128,7 @@ def _joint_forward(
     first = linear_forward(x, layers[0], epilogue, keep)
     ys = [y for y, _, _ in (first, *others)]
     h = x.new_empty(0)
-    if keep:
+    if keep:  # (T, R)
         h = torch.cat([h_of_layer for _, h_of_layer, _ in (first, *others)], 1)
     return ys, h, first[2]
 
@@ -174,7 +176,7 @@ def _joint_backward(
         rank += sum(layer.ranks)
         own = Wanted(wanted.trains[i * stages : (i + 1) * stages], wanted.dx, wanted.columns)
         summand, of_stages = linear_backward(dy, x, h_of_layer, layer, own)
-        dx = dx + summand
+        dx = dx + summand  # in the order of the layers, so that two runs agree
         gradients += of_stages
     if residual is not None:
         dx = dx + residual
@@ -200,10 +202,10 @@ def _joint_linear(
     `keep`."""
     layers = unflatten(weights, biases, lora_a, lora_b, scales, spans)
     ys, h, pre = joint_forward(flat_rows(x), layers, gated, keep)
-    shown = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    shown = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]  # (..., m_i)
     if gated and not keep:
         shown[1] = x.new_empty(0)
-    if len(layers) == 2:
+    if len(layers) == 2:  # an operator has the same number of outputs always
         shown.append(x.new_empty(0))
     if not keep:
         h = x.new_empty(0)
@@ -259,7 +261,7 @@ def _joint_linear_backward(
         assert d_operand is not None
         d_pres = [d_pre, d_operand]
     added = flat_rows(residual) if needs_dx else None
-    wanted = Wanted(trains, needs_dx, columns)
+    wanted = Wanted(trains, needs_dx, columns)  # `trains` is of all layers' stages
     dx, gradients = joint_backward(d_pres, flat_rows(x), h, layers, wanted, added)
     if needs_dx:
         dx = dx.view(*leading, columns)
@@ -277,7 +279,7 @@ def _(
 def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     x, *layers, gated, _ = inputs
     *ys, h, pre = output
-    ctx.shapes = [y.shape for y in ys[: _results(inputs)]]
+    ctx.shapes = [y.shape for y in ys[: _results(inputs)]]  # for results that nothing comes back through
     others = (pre, ys[1]) if gated else (None, None)
     keep_layers(ctx, x, FlatLayers(*layers), for_adapters=(x, h), others=others)
 
@@ -287,7 +289,7 @@ def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: Tensor |
     some = next((dy for dy in given if dy is not None), None)
     if some is None:  # nothing comes back through the layers
         return of_input, *gradients_of_layers(ctx, None), None, None
-    dys = []
+    dys = []  # in x's type; zeros for a result that is not read
     for dy, shape in zip(given, ctx.shapes, strict=True):
         whole = some.new_zeros(shape) if dy is None else dy
         dys.append(whole.to(ctx.dtype))

@@ -43,7 +43,7 @@ def add_norm_reference(
         return torch.nn.functional.layer_norm(total, (columns,), weight, bias, eps), total
     if statistics is None:
         statistics = torch.promote_types(total.dtype, torch.float32)
-    wide = total.to(statistics)
+    wide = total.to(statistics)  # in fp16, squares of some hundreds overflow
     y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(total.dtype)
     if weight is not None:
         y = weight * y
@@ -92,7 +92,7 @@ def add_norm(
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
-    if not p:
+    if not p:  # a mask needs a seed, which is drawn below
         direct = direct_implementation("direct_add_norm", x, residual, weight, bias)
         if direct is not None:
             y, total = direct(flat_rows(x), flat_rows(residual), Norm(weight, bias, eps, rms))
@@ -110,6 +110,7 @@ def add_norm(
             residual = residual.float()
     if p and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
+    # Where s is x, what comes back through it is added in the pass that makes dx.
     if residual is None and not p:
         y, _, total = _add_norm_returning_input(x, None, weight, bias, eps, rms, 0.0, None)
     else:
@@ -141,11 +142,11 @@ def _add_norm_backward_in_pytorch(
     """
     columns = total.shape[-1]
     wide = total.to(torch.promote_types(total.dtype, torch.float32))
-    centred = wide
+    centred = wide  # (T, n)
     if not norm.rms:
         centred = wide - wide.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps)
-    unit, slope = centred * scale, dy.to(wide.dtype)
+    unit, slope = centred * scale, dy.to(wide.dtype)  # scale: (T, 1)
     d_weight, d_bias = None, None
     if trains:
         d_weight, d_bias = (slope * unit).sum(0), slope.sum(0).clone()
@@ -165,6 +166,7 @@ def _add_norm_backward_in_pytorch(
 
 def _mask(x: Tensor, dropout: Dropout) -> Tensor:
     """1 / (1 - p) where a number is kept, 0 where it is dropped."""
+    # Of a generator of its own, so that forward and backward pass draw the same without a mask that is kept.
     generator = torch.Generator(x.device).manual_seed(dropout.number)
     drawn = torch.rand(x.shape, generator=generator, device=x.device)
     return drawn.ge(dropout.p).to(x.dtype) / (1 - dropout.p)
@@ -254,7 +256,7 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = eps, rms, p
     ctx.adds = residual is not None
-    total = output[1] if ctx.adds or p else x
+    total = output[1] if ctx.adds or p else x  # s
     ctx.save_for_backward(total, weight, bias, seed)
 
 

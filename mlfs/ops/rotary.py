@@ -50,6 +50,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         return direct(q, k, cos, sin)
     if not has_implementation("rotary", q, k, cos, sin):
         return rotary_reference(q, k, cos, sin)
+    # What the kernels round to once.
     dtype = autocast_type(q) or torch.promote_types(q.dtype, cos.dtype)
     return _rotary(q, k, cos, sin, dtype, False)
 
@@ -77,7 +78,7 @@ def _rotary_in_pytorch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool
 ) -> tuple[Tensor, Tensor]:
     """Computes (q', k') of `dtype`, contiguous; `backward` by the transposed rotation, which takes gradients back."""
-    if backward:
+    if backward:  # turned by the same angle back: sin of the other half, with the other sign
         sin = -sin.roll(sin.shape[-1] // 2, -1)
     turned_q, turned_k = rotary_reference(q, k, cos, sin)
     return turned_q.to(dtype).contiguous(), turned_k.to(dtype).contiguous()

@@ -52,7 +52,7 @@ __all__ = ["sliced_linear", "sliced_linear_reference"]
 def sliced_linear_reference(x: Tensor, layer: LowRankLinear, epilogue: Epilogue = NOTHING) -> Tensor:
     """Computes the formula in plain, differentiable PyTorch (also in W and b: task heads train through it)."""
     columns = x.shape[-1]
-    parts = []
+    parts = []  # of each span (..., length)
     for rows, _ in layer.places:
         bias = layer.bias
         if bias is not None:
@@ -87,6 +87,7 @@ def sliced_linear(x: Tensor, layer: LowRankLinear, epilogue: Epilogue = NOTHING)
         operand = in_autocast_type(operand)
     leaves = (x, operand, residual, *layer.lora_a, *layer.lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    # Without `keep` nothing is written for a backward pass, and a few tokens take the kernels for decoding.
     return _sliced_linear(x, operand, residual, *flatten([layer]), activation, keep)[0]
 
 
@@ -148,12 +149,13 @@ def linear_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `linear_forward` in plain PyTorch."""
     # Products and adapters are written to one output, where autograd's own way makes a new one for each.
-    pre = x.new_empty(x.shape[0], layer.rows)
+    pre = x.new_empty(x.shape[0], layer.rows)  # (T, m)
     for rows, place in layer.places:
         _product_into(pre[:, place], x, layer, rows)
-    h = x.new_empty(x.shape[0], sum(layer.ranks))
+    h = x.new_empty(x.shape[0], sum(layer.ranks))  # (T, Σ r_s)
     stages = zip(layer.lora_a, layer.lora_b, layer.scales, h.split(layer.ranks, 1), strict=True)
     for lora_a, lora_b, scale, h_of_stage in stages:
+        # The scale goes into h, not into y: the backward pass then finds it there for dB.
         h_of_stage.copy_(x @ lora_a[:, : x.shape[1]].to(x.dtype).t()).mul_(scale)
         pre.addmm_(h_of_stage, _read_rows(lora_b, layer).to(x.dtype).t())
     y = finish(pre, epilogue)
@@ -187,6 +189,7 @@ def activation_backward(
 def _activation_backward(
     dy: Tensor, pre: Tensor, operand: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
+    # PyTorch's own derivatives, which autograd of the reference calls, too.
     if operand is not None:
         return torch.ops.aten.silu_backward(dy * operand, pre), dy * silu(pre)
     return torch.ops.aten.gelu_backward(dy, pre, approximate=_form_of_gelu(activation)), None
@@ -230,7 +233,7 @@ def linear_backward_reference(
             weight = layer.weight[rows, :columns].to(dy.dtype)
             torch.addmm(dx, dy[:, place], weight, beta=float(i > 0), out=dx)  # the first span writes, others add
     gradients = []
-    offset = 0
+    offset = 0  # of the stage's ranks in h
     for lora_a, lora_b, scale, trains in zip(layer.lora_a, layer.lora_b, layer.scales, wanted.trains, strict=True):
         ranks = slice(offset, offset + lora_a.shape[0])
         offset = ranks.stop
@@ -241,8 +244,9 @@ def linear_backward_reference(
             dx.addmm_(dh, lora_a[:, :columns].to(dy.dtype))
         if trains:
             assert x is not None and h is not None
+            # At the full width, as optimizers and checkpoints have the parameters: zero off the slice.
             d_lora_a, d_lora_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
-            d_lora_a[:, :columns] = dh.t() @ x
+            d_lora_a[:, :columns] = dh.t() @ x  # (r_s, n)
             d_rows = dy.t() @ h[:, ranks]  # (m, r_s)
             for rows, place in layer.places:
                 d_lora_b[rows] = d_rows[place]
@@ -309,6 +313,7 @@ def _sliced_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, pre) of one layer: see `linear_forward`; y is (..., m), the others are 2-d."""
     (layer,) = unflatten(weights, biases, lora_a, lora_b, scales, spans)
+    # (T, n), and (T, m) of the others: backends know two dimensions.
     epilogue = Epilogue(activation, flat_rows(operand), flat_rows(residual))
     y, h, pre = linear_forward(flat_rows(x), layer, epilogue, keep)
     return y.view(*x.shape[:-1], layer.rows), h, pre
@@ -317,7 +322,7 @@ def _sliced_linear(
 @_sliced_linear.register_fake
 def _(x, operand, residual, weights, biases, lora_a, lora_b, scales, spans, activation, keep):
     rows, tokens = sum(spans[1::2]), x.shape[:-1].numel()
-    dtype = x.dtype
+    dtype = x.dtype  # a wider residual, as of a stream in fp32, keeps its type
     if residual is not None:
         dtype = torch.result_type(x, residual)
     y = x.new_empty(*x.shape[:-1], rows, dtype=dtype)
@@ -350,6 +355,7 @@ def _sliced_linear_backward(
     gradients are zero off the slice."""
     (layer,) = unflatten(weights, [], lora_a, lora_b, scales, spans)
     leading, rows = dy.shape[:-1], dy.shape[-1]
+    # Back through what follows the product, then through the product.
     d_pre, d_operand = flat_rows(dy), None
     if pre is not None:
         d_pre, d_operand = activation_backward(d_pre, pre, flat_rows(operand), activation)
@@ -377,6 +383,7 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     x, operand, _, *layer, activation, _ = inputs
     _, h, pre = output
     ctx.activation = activation
+    # x and h are only read where an adapter trains, pre only where something follows the product.
     kept_pre = None if activation == "none" else pre
     keep_layers(ctx, x, FlatLayers(*layer), for_adapters=(x, h), others=(kept_pre, operand))
 
@@ -387,6 +394,7 @@ def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: None) ->
         return None, None, None, *gradients_of_layers(ctx, None), None, None
     needs_dx, needs_operand, needs_residual = ctx.needs_input_grad[:3]
     (x, h, pre, operand), layers = kept_layers(ctx)
+    # dy has the residual's type where that is wider; the products read x's.
     dx, d_operand, *of_stages = _sliced_linear_backward(
         dy.to(ctx.dtype), x, h, pre, operand, *layers, ctx.trains, needs_dx, ctx.columns, ctx.activation
     )
