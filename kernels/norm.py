@@ -134,9 +134,9 @@ def forward(
     """
     rows, n = x.shape
     keep = residual is not None or p > 0
-    kind = x.dtype if residual is None else torch.result_type(x, residual)
-    x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype or kind)
-    s = x.new_empty((rows, n), dtype=kind) if keep else x
+    dtype_of_sum = x.dtype if residual is None else torch.result_type(x, residual)
+    x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype or dtype_of_sum)
+    s = x.new_empty((rows, n), dtype=dtype_of_sum) if keep else x
     if x.numel():
         residual = rows_or_none(residual)
         block_t, block_c = _blocks(n)

@@ -1,10 +1,10 @@
 """Memory traffic and operations of a subnet's pass, against PEFT's and against a lower bound. Counted, not timed.
 
-    python -m bench.static.roofline                    all models, a minute and a half; to bench/results/roofline.json
+    python -m bench.static.roofline                          all models, 1.5 minutes; to bench/results/roofline.json
     python -m bench.static.roofline --model SmolLM2-135M     one model
     python -m bench.static.roofline --launches BERT-base     every launch of a training pass of the full model, in order
 
-Counted are (a) one training iteration's pass of a subnet, forward and backward, bf16 base, fp32 adapters of rank 8, no
+Counted are (a) the pass of a subnet in one training step, forward and backward, bf16 base, fp32 adapters of rank 8, no
 dropout, without the head and its loss, and (b) one decoded token after a context, adapters of three stages. The paths:
 
   mlfs    what `SuperTransformer` launches: the models run on the meta device (shapes, no numbers), PyTorch's kernels

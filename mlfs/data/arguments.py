@@ -13,7 +13,7 @@ TASKS = ("auto", "classification", "regression", "causal-lm")
 class DataArguments:
     """Says where the data is and how to read it; each field's metadata has its help.
 
-    Made by keyword, or from the command line by `transformers.HfArgumentParser`.
+    Made by keyword, or from the command line (`mlfs.commands.options`).
 
     Raises:
         MLFSError: a value is none of the choices, or is out of range.
