@@ -30,6 +30,7 @@ class Stages:
         scales: c of each stage.
         rank_scales: c of each rank, if more stages, or stages of several ranks, were packed into one of scale 1; then
             h and g are multiplied by it after their kernels.
+        a_q, b_c: how far rows of A and of B lie apart; 0 without stages.
         count: how many there are. rank: of each. width: the ranks of all, side by side.
         block_r: ranks that a kernel takes at once.
     """
@@ -38,7 +39,10 @@ class Stages:
         self, a: list[Tensor], b: list[Tensor], scales: list[float], rank_scales: Tensor | None = None
     ) -> None:
         self.a, self.b, self.scales, self.rank_scales = a, b, scales, rank_scales
-        self.count, self.rank = len(a), a[0].shape[0] if a else 0
+        self.count, self.rank, self.a_q = len(a), 0, 0
+        if a:
+            self.rank, self.a_q = a[0].shape[0], a[0].stride(0)
+        self.b_c = b[0].stride(0) if b else 0
         self.width = self.count * self.rank
         self.block_r = block_of_ranks(self.width)
 

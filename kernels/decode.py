@@ -168,7 +168,7 @@ def _launch_parts(x: Tensor, weight: Tensor, stages: Stages, columns: int, tiles
         x, weight, **stages.pointers(stages.a, x, "a"), **stages.pointers(stages.b, x, "b"), partial=partial,
         tokens=tokens, depth=depth, chunk=chunk, columns=columns, x_t=x.stride(0),
         w_k=weight.stride(1), w_c=weight.stride(0),
-        a_q=stages.a[0].stride(0) if stages.count else 0, b_c=stages.b[0].stride(0) if stages.count else 0,
+        a_q=stages.a_q, b_c=stages.b_c,
         **stages.scale_arguments(), **places, STAGES=stages.count, RANK=max(stages.rank, 1),
         EVEN_K=depth % block_k == 0, PRECISION=precision_of(x), BLOCK_T=MAX_TOKENS, BLOCK_C=BLOCK_C, BLOCK_K=block_k,
         BLOCK_R=max(16, triton.next_power_of_2(stages.width)), num_warps=4, num_stages=pipeline,

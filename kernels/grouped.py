@@ -187,7 +187,7 @@ def forward(x: Tensor, layer: "LowRankLinear", groups: Groups, config: Config | 
         arguments = dict(
             bias=optional(bias, x), h=h if stages.width else x, **stages.pointers(stages.b, x), y=y,
             x_t=x.stride(0), h_t=h.stride(0), w_k=weight.stride(1), w_c=weight.stride(0),
-            stage_c=stages.b[0].stride(0) if stages.count else 0, y_t=y.stride(0), **stages.sizes(),
+            stage_c=stages.b_c, y_t=y.stride(0), **stages.sizes(),
             UNIT_K=weight.stride(1) == 1, HAS_BIAS=bias is not None,
         )  # fmt: skip
         _launch_product(_forward, x, weight, arguments, groups, config)
@@ -222,7 +222,7 @@ def backward(
         weight, spans = layer.weight, _spans(groups)
         arguments = dict(
             g=g if stages.width else dy, **stages.pointers(stages.a, dy), dx=dx, dy_t=dy.stride(0), g_t=g.stride(0),
-            w_k=weight.stride(0), w_c=weight.stride(1), stage_q=stages.a[0].stride(0) if stages.count else 0,
+            w_k=weight.stride(0), w_c=weight.stride(1), stage_q=stages.a_q,
             dx_t=dx.stride(0), **stages.sizes(), SPANS=spans, UNROLL=unroll(dy.device, spans),
             UNIT_K=weight.stride(0) == 1,
         )  # fmt: skip

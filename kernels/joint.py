@@ -317,7 +317,7 @@ def _launch_backward(
         residual=optional(residual, dx), dx=dx, tokens=tokens, columns=columns, **numbered("depth", depths),
         **numbered("dy{}_t", [dy.stride(0) for dy in dys]), **numbered("w{}_k", [w.stride(0) for w in weights]),
         **numbered("w{}_c", [w.stride(1) for w in weights]), g_t=g.stride(0),
-        stage_q=stages.a[0].stride(0) if stages.count else 0, residual_t=stride_or_zero(residual), **stages.sizes(),
+        stage_q=stages.a_q, residual_t=stride_or_zero(residual), **stages.sizes(),
         LAYERS=len(weights), HAS_RESIDUAL=residual is not None, UNROLL=unroll(dx.device, len(weights)),
         PRECISION=precision_of(dx),
     )  # fmt: skip

@@ -239,7 +239,7 @@ def forward(
             operand=optional(own_operand, x), residual=optional(own_residual, x), y=y[:, columns],
             pre=pre[:, columns] if keep_pre else y,
             tokens=tokens, depth=depth, x_t=x.stride(0), h_t=h.stride(0), w_k=weight.stride(1), w_c=weight.stride(0),
-            stage_c=stages.b[0].stride(0) if stages.count else 0, operand_t=stride_or_zero(operand),
+            stage_c=stages.b_c, operand_t=stride_or_zero(operand),
             residual_t=stride_or_zero(residual), y_t=y.stride(0),
             **span_arguments(spans), **stages.sizes(), UNIT_K=weight.stride(1) == 1, HAS_BIAS=bias is not None,
             ACTIVATION=activation, KEEP_PRE=keep_pre, HAS_RESIDUAL=residual is not None,
@@ -389,7 +389,7 @@ class _Reads(NamedTuple):
         return dict(
             g=g if stages.width else dz, **stages.pointers(stages.a, dz), tokens=dz.shape[0], dy_t=dz.stride(0),
             g_t=g.stride(0), w_k=weight.stride(0), w_c=weight.stride(1),
-            stage_q=stages.a[0].stride(0) if stages.count else 0, **span_arguments(self.spans), **stages.sizes(),
+            stage_q=stages.a_q, **span_arguments(self.spans), **stages.sizes(),
             UNROLL=unroll(dz.device, len(self.spans) // 2), UNIT_K=weight.stride(0) == 1,
         )  # fmt: skip
 

@@ -204,7 +204,7 @@ def _launch_thin_reduce(dy: Tensor, h: Tensor, g: Tensor, stages: Stages, spans:
     _thin_reduce[(parts, splits)](
         dy, h, partial_g=partial_g, partial=partial, **stages.pointers(stages.b, dy),
         tokens=tokens, columns=columns, ranks=ranks, tiles=tiles, per_split=per_split,
-        dy_t=dy.stride(0), h_t=h.stride(0), stage_c=stages.b[0].stride(0),
+        dy_t=dy.stride(0), h_t=h.stride(0), stage_c=stages.b_c,
         **stages.scale_arguments(), **span_arguments(spans), **stages.sizes(),
         PRECISION=precision_of(dy), BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps, num_stages=3,
     )  # fmt: skip
