@@ -21,8 +21,6 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ASKS_THE_DEVICE = "mlfs.ops.backend"  # which backend runs is decided within ops, and nowhere above
-MAY_ASK_THE_DEVICE = ("ops", "elastic")  # rooms
-STILL_ASK_THE_DEVICE = ("mlfs.models.fused.lm_head",)  # files of other rooms
 FILES = sorted((ROOT / "mlfs").rglob("*.py"))
 FILES = [path for path in FILES if path.relative_to(ROOT).parts[1] not in ("kernels", "__init__.py")]
 
@@ -67,9 +65,7 @@ def test_imports_go_down(path):
 
 def asks_the_device(module: str, text: str) -> bool:
     room = module.split(".")[1]
-    if room in MAY_ASK_THE_DEVICE or module in STILL_ASK_THE_DEVICE:
-        return False
-    return any(f"{imported}.".startswith(f"{ASKS_THE_DEVICE}.") for imported in imports_of(text))
+    return room != "ops" and any(f"{name}.".startswith(f"{ASKS_THE_DEVICE}.") for name in imports_of(text))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

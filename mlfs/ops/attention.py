@@ -19,6 +19,7 @@ from mlfs.ops.backend import autocast_type, backend_of, cpp
 __all__ = [
     "autocasts",
     "causal_attention",
+    "gains_without_padding",
     "ragged_attention",
     "ragged_attention_reference",
     "ranges_of_keys",
@@ -33,6 +34,11 @@ def takes_ranges(x: Tensor, *others: Tensor) -> bool:
     It is where the extension for CPUs computes it, and not while torch.compile traces.
     """
     return not torch.compiler.is_compiling() and backend_of(x, *others) == "cpp"
+
+
+def gains_without_padding(x: Tensor) -> bool:
+    """Tells whether encoders gain by leaving the padding out, where x is: on CPUs, whose time is that of the tokens."""
+    return x.device.type == "cpu"
 
 
 def autocasts(x: Tensor) -> bool:

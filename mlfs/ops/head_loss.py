@@ -38,7 +38,7 @@ IGNORED = -100  # the label of rows that do not count
 # Of the logits of one chunk. A GPU's library product wants some hundred rows; the reference takes a few such tensors.
 CHUNK_BYTES = {"triton": 64 << 20, "reference": 16 << 20, "cpp": 32 << 20}
 
-__all__ = ["IGNORED", "head_loss", "head_loss_reference"]
+__all__ = ["IGNORED", "as_head_input", "head_loss", "head_loss_reference"]
 
 
 class Shares(NamedTuple):
@@ -92,6 +92,11 @@ def head_loss_reference(
         return task, task, torch.zeros_like(task)
     distance = divergence(logits, logits_of(teacher.detach()), None, temperature) * logits.shape[0]
     return (1 - alpha) * task + alpha * distance, task, distance
+
+
+def as_head_input(x: Tensor) -> Tensor:
+    """Casts x as autocast would for the head's product; for callers that take the loss where autocast is off again."""
+    return in_autocast_type(x)
 
 
 def head_loss(

@@ -84,8 +84,14 @@ def test_a_run_comes_to_the_same_weights_and_evaluates_with_logits(tmp_path):
 
 def test_under_autocast_logits_are_made_in_its_type(tmp_path, monkeypatch):
     module, seen = sys.modules["mlfs.ops.head_loss"], []
-    real = module._product
-    monkeypatch.setattr(module, "_product", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
+    real = module.run
+
+    def run(operator, on, *arguments):
+        if operator == "product":
+            seen.append((arguments[0].dtype, arguments[3].dtype))  # of what is multiplied, and of the logits
+        return real(operator, on, *arguments)
+
+    monkeypatch.setattr(module, "run", run)
     results = []
     for fused in (True, False):
         t = trainer(
@@ -94,7 +100,7 @@ def test_under_autocast_logits_are_made_in_its_type(tmp_path, monkeypatch):
         )  # fmt: skip
         t.train()
         results.append(t.evaluate())
-    assert set(seen) == {torch.bfloat16}
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert results[0]["eval_min_loss"] == pytest.approx(results[1]["eval_min_loss"], rel=1e-2)
 
 

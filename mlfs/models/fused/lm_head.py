@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput
 
 from mlfs.elastic.linear import ElasticLinear
-from mlfs.ops.backend import in_autocast_type
+from mlfs.ops.head_loss import as_head_input
 
 HEAD_INPUT = "head_input"  # among the outputs of a model without logits: (batch, tokens, hidden size)
 
@@ -48,7 +48,7 @@ def without_logits(model: nn.Module, head: ElasticLinear, inputs: Mapping[str, A
     head_inputs: list[Tensor] = []
 
     def keep_input(_: nn.Module, args: tuple[Tensor], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        head_input = in_autocast_type(args[0])
+        head_input = as_head_input(args[0])
         head_inputs.append(head_input)
         # Of all columns of the logits one is made, and not used: a layer cannot be told to make none.
         return (head_input,), {**options, "out_features": 1}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlfs.models.follow import Forward, scope_of
-from mlfs.ops.attention import autocasts, ranges_of_keys, ranges_of_sequences, takes_ranges
+from mlfs.ops.attention import autocasts, gains_without_padding, ranges_of_keys, ranges_of_sequences, takes_ranges
 from mlfs.space.dimensions import RowSizes
 
 _packs: ContextVar[bool] = ContextVar("mlfs_packs", default=False)
@@ -35,7 +35,7 @@ def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
     """Tells whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which
     heads take from the first token, or are ignored where there is padding."""
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if labels is None or labels.device.type != "cpu":
+    if labels is None or not gains_without_padding(labels):
         return False
     if mask is None or labels.shape != mask.shape:
         return True
