@@ -145,9 +145,13 @@ def _rows_that_count(labels: Tensor) -> Tensor | None:
     return labels.ne(IGNORED).nonzero().squeeze(1)
 
 
-@implements("reference", "product")
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Writes x · Wᵀ + b to out, which has the type of W and b."""
+    """Writes x · Wᵀ + b to out, which has the type of W and b, by the backend for out."""
+    return run("product", (out,), x, weight, bias, out)
+
+
+@implements("reference", "product")
+def _product_in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     x, weight = x.to(out.dtype), weight.t()
     if bias is None:
         return torch.mm(x, weight, out=out)
@@ -245,13 +249,13 @@ def _in_chunks(
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         count = rows.stop - start
-        logits = run("product", (x,), x[rows], *of_student, space[:count, :vocabulary])
+        logits = _product(x[rows], *of_student, space[:count, :vocabulary])
         of_teacher = None
         if teacher is not None:
-            of_teacher = run("product", (x,), teacher[rows], *head, teacher_space[:count, :vocabulary])
+            of_teacher = _product(teacher[rows], *head, teacher_space[:count, :vocabulary])
         run("head_rows", (x,), logits, of_teacher, labels[rows], sums[:, rows], shares, keep)
         if keep:  # logits are their own gradient now
-            run("product", (x,), logits, of_student.weight.t(), None, dx[rows])
+            _product(logits, of_student.weight.t(), None, dx[rows])
     return sums, dx
 
 
