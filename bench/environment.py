@@ -24,10 +24,10 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         seed: the seed of the random numbers that the result depends on; None if it depends on none.
 
     Returns:
-        `commit` (with "+changes" if tracked files but results differ; "unknown" outside of a checkout), `command`, `date`
-        (UTC), `seed` if given, the versions of Python and of `LIBRARIES` (None: not installed), `machine` (the name of
-        the CPU), `cores` that this process may use, `gpu` if PyTorch was imported and sees one, `threads` of PyTorch
-        if it was imported, and those of `VARIABLES` that are set.
+        `commit` (with "+changes" if tracked files but results differ; "unknown" outside of a checkout), `command`,
+        `date` (UTC), `seed` if given, the versions of Python and of `LIBRARIES` (None: not installed), `machine` (the
+        name of the CPU), `cores` that this process may use, `threads` of PyTorch and `gpu` if PyTorch was imported and
+        sees one, and those of `VARIABLES` that are set.
     """
     found: dict[str, Any] = {"commit": commit(), "command": command(), "date": f"{datetime.now(timezone.utc):%F %H:%M}"}
     if seed is not None:
