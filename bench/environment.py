@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("--", ".", ":!bench/results")  # what is recorded one after the other is of one commit
 LIBRARIES = ("mlfs", "torch", "triton", "transformers")
 # Those of the variables below that are set change what runs, or how fast.
 VARIABLES = ("MLFS_BACKEND", "MLFS_TUNE", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
@@ -23,10 +24,10 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         seed: the seed of the random numbers that the result depends on; None if it depends on none.
 
     Returns:
-        `commit` (with "+changes" if tracked files differ from it; "unknown" outside of a checkout), `command`, `date`
-        (UTC), `seed` if given, the versions of Python and of `LIBRARIES` (None: not installed), `machine` (the name of
-        the CPU), `cores` that this process may use, `gpu` if PyTorch was imported and sees one, `threads` of PyTorch
-        if it was imported, and those of `VARIABLES` that are set.
+        `commit` (with "+changes" if tracked files but results differ; "unknown" outside of a checkout), `command`,
+        `date` (UTC), `seed` if given, the versions of Python and of `LIBRARIES` (None: not installed), `machine` (the
+        name of the CPU), `cores` that this process may use, `threads` of PyTorch and `gpu` if PyTorch was imported and
+        sees one, and those of `VARIABLES` that are set.
     """
     found: dict[str, Any] = {"commit": commit(), "command": command(), "date": f"{datetime.now(timezone.utc):%F %H:%M}"}
     if seed is not None:
@@ -44,10 +45,10 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Returns the commit, with "+changes" if tracked files differ from it; "unknown" outside of a checkout."""
+    """Returns the commit, with "+changes" if tracked files but results differ; "unknown" outside of a checkout."""
     try:
         head = _git("rev-parse", "HEAD")
-        return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
+        return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no", *CODE) else head
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

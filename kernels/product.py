@@ -58,10 +58,10 @@ def _forward(
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)  # within the span
     in_columns = c < length
     rows = (first + c).to(tl.int64)  # of W, bias and B
+    xs = rows_of(x, t, tokens, x_t, k)
     read, mask = readable(c, length, UNIT_K)
     ws = w + (first + read).to(tl.int64)[None, :] * w_c + k[:, None] * w_k
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    xs = rows_of(x, t, tokens, x_t, k)
     acc = accumulate(acc, xs, ws, depth, w_k, mask, UNIT_K, BLOCK_K, EVEN_K, PRECISION)
     t64, column, mask = t.to(tl.int64)[:, None], (offset + c)[None, :], in_rows[:, None] & in_columns[None, :]
     if HAS_RESIDUAL:  # while the stages are multiplied; later, a tile of 64 × 64 spills on sm100

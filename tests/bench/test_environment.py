@@ -59,13 +59,17 @@ def test_changes_since_the_commit_are_stated_and_no_checkout_is_unknown(tmp_path
         author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
         subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    (tmp_path / "file").write_text("one")
+    result = tmp_path / "bench" / "results" / "one.json"
+    result.parent.mkdir(parents=True)
+    for path in (tmp_path / "file", result):
+        path.write_text("one")
     git("init")
-    git("add", "file")
+    git("add", ".")
     git("commit", "-m", "one")
     clean = module.commit()
     assert len(clean) == 40
     (tmp_path / "other").touch()  # untracked: no part of what ran
+    result.write_text("two")
     assert module.commit() == clean
     (tmp_path / "file").write_text("two")
     assert module.commit() == f"{clean}+changes"
