@@ -1,9 +1,9 @@
 """What the kernels compile to, for GPUs that need not be there.
 
     python -m bench.static.gpu_static              every configuration of the table, to bench/results/gpu_static.json
-    python -m bench.static.gpu_static --quick      of each architecture the first configuration that takes any epilogue,
-                                                   in bfloat16 (float16: the same loops, one instruction aside in 5 of
-                                                   392)
+    python -m bench.static.gpu_static --quick      of each architecture the first configuration that takes any epilogue
+                                                   and the first that goes back through activations, in bfloat16
+                                                   (float16: the same loops, one instruction aside in 5 of 392)
     python -m bench.static.gpu_static --arch sm90  one architecture; the results of the others are kept
     python -m bench.static.gpu_static --summary    the last results in short, measuring nothing
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--kernel", action="append", choices=list(VARIANTS), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="one configuration of each architecture")
+    parser.add_argument("--quick", action="store_true", help="one or two configurations of each architecture")
     parser.add_argument("--summary", action="store_true", help="print a Markdown table of the results in --output")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
     for arch in given.arch or TARGETS:
         configs, types = PRODUCT[arch], [torch.bfloat16, torch.float16, torch.float32]
         if given.quick:
-            configs = tuple(c for c in configs if admits(arch, c, torch.bfloat16, epilogue=True))[:1]
+            configs = first_configs(arch)
             types.remove(torch.float16)
         for row in measure(arch, configs, types, given.kernel or list(VARIANTS)):
             rows.append(row)
@@ -82,6 +82,16 @@ def main() -> None:
         write_json(given.output, origin | {"columns": columns, "rows": values})
     if bad := [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]:
         raise SystemExit("\n".join(bad))
+
+
+def first_configs(arch: str) -> tuple[Config, ...]:
+    """The first configuration that takes any epilogue, and the first that goes back through activations, in bf16."""
+    found: list[Config] = []
+    for gradient in (False, True):
+        config = next(c for c in PRODUCT[arch] if admits(arch, c, torch.bfloat16, epilogue=True, gradient=gradient))
+        if config not in found:
+            found.append(config)
+    return tuple(found)
 
 
 def measure(
