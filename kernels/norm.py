@@ -6,12 +6,17 @@ One program takes some rows whole. Nothing but s is kept for the backward pass: 
 of row and column into Philox, Salmon et al. 2011, under a seed that is read from the device) are computed again.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mlfs.kernels.arguments import optional, rows_or_none, stride_or_zero, with_rows
+
+if TYPE_CHECKING:
+    from mlfs.ops.layer import Dropout, Norm
 
 
 @triton.jit
@@ -113,26 +118,22 @@ def _backward(
 def forward(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    p: float = 0.0,
-    seed: Tensor | None = None,
+    norm: "Norm",
+    dropout: "Dropout | None" = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalises s = residual + dropout(x).
 
     Args:
         x, residual: (T, n); residual may be None.
-        weight, bias: (N,), n ≤ N, contiguous, or None.
-        p: probability of dropout. seed: one int64 on the device, needed if p > 0.
+        norm: its weight and bias are (N,), n ≤ N, contiguous, or None.
+        dropout: its seed is one int64 on the device, needed if p > 0.
 
     Returns:
         y (T, n), of type `dtype` or s's; and s, which is x itself where nothing is added or dropped, else of the wider
         type of x and residual.
     """
-    rows, n = x.shape
+    (rows, n), (weight, bias, eps, rms), (p, seed) = x.shape, norm, dropout or (0.0, None)
     keep = residual is not None or p > 0
     dtype_of_sum = x.dtype if residual is None else torch.result_type(x, residual)
     x, y = with_rows(x), x.new_empty((rows, n), dtype=dtype or dtype_of_sum)
@@ -153,24 +154,21 @@ def backward(
     dy: Tensor,
     ds: Tensor | None,
     s: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    rms: bool,
-    p: float = 0.0,
-    seed: Tensor | None = None,
+    norm: "Norm",
+    dropout: "Dropout | None" = None,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Makes the gradients of `forward` from dy (T, n).
 
     Args:
         ds: what came back through the residual stream, if s goes on.
-        s: what `forward` returned.
+        s: what `forward` returned. norm, dropout: what it was given.
 
     Returns:
         dx and d_residual (T, n), the same tensor without dropout; and dw and db, (n,) in fp32 and summed in a fixed
         order, or None unless the norm `trains`.
     """
-    rows, n = s.shape
+    (rows, n), (weight, _, eps, rms), (p, seed) = s.shape, norm, dropout or (0.0, None)
     dy, s = with_rows(dy), s.contiguous()
     ds = rows_or_none(ds)
     dx = torch.empty_like(s)

@@ -13,7 +13,7 @@ from mlfs.ops.backend import use_backend
 from mlfs.ops.feed_forward import feed_forward, feed_forward_reference
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear
 from mlfs.ops.joint_linear import joint_linear
-from mlfs.ops.layer import Epilogue, LowRankLinear
+from mlfs.ops.layer import Epilogue, LowRankLinear, Norm
 from mlfs.ops.norm import add_norm
 from mlfs.ops.rotary import rotary
 
@@ -295,7 +295,7 @@ def _dropout_add_norm(device: str, dtype: torch.dtype, size: str, tokens: int, w
         dy, seed = _randn(tokens, width, device=device, dtype=dtype), torch.ones(1, dtype=torch.int64, device=device)
 
         def ours() -> Tensor:
-            return add_norm(x, residual, weight, bias, 1e-6, rms=False, p=0.1, seed=seed)[0]
+            return add_norm(x, residual, Norm(weight, bias, 1e-6, rms=False), 0.1, seed)[0]
 
         def torchs() -> Tensor:
             return functional.layer_norm(residual + functional.dropout(x, 0.1), (width,), weight, bias, 1e-6)

@@ -34,7 +34,7 @@ from mlfs.files import write_json
 from mlfs.kernels import decode, distill, grouped, joint, norm, product, rotary
 from mlfs.kernels.configs import DEVICES, PRODUCT, Config, candidates
 from mlfs.ops.grouped_linear import Group
-from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
+from mlfs.ops.layer import Activated, Dropout, Epilogue, LowRankLinear, Norm, Wanted
 from mlfs.report.table import table
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_static.json"
@@ -246,9 +246,9 @@ def of_joint(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
 def of_norm(dtype: torch.dtype, config: Config, epilogue: bool) -> Calls:
     x, line, seed = operands(dtype)[0], torch.empty(COLUMNS, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     return {
-        "LayerNorm, residual, dropout": lambda: norm.forward(x, x, line, line, 1e-5, False, 0.1, seed),
-        "RMSNorm": lambda: norm.forward(x, None, line, None, 1e-5, True),
-        "backward, LayerNorm": lambda: norm.backward(x, x, x, line, 1e-5, False, 0.1, seed, True),
+        "LayerNorm, residual, dropout": lambda: norm.forward(x, x, Norm(line, line, 1e-5, False), Dropout(0.1, seed)),
+        "RMSNorm": lambda: norm.forward(x, None, Norm(line, None, 1e-5, True)),
+        "backward, LayerNorm": lambda: norm.backward(x, x, x, Norm(line, None, 1e-5, False), Dropout(0.1, seed), True),
     }
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mlfs.elastic.base import Axes, Elastic, OutputPart
 from mlfs.errors import MLFSError
+from mlfs.ops.layer import Norm
 from mlfs.ops.norm import add_norm
 from mlfs.space.dimensions import LayerSizes
 
@@ -57,7 +58,8 @@ class ElasticNorm(Elastic):
         return self.weight, self.bias, self.eps
 
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
-        return add_norm(x, residual, self.weight, self.bias, self.eps, self.rms, p, statistics=self.statistics)
+        norm = Norm(self.weight, self.bias, self.eps, self.rms)
+        return add_norm(x, residual, norm, p, statistics=self.statistics)
 
 
 class ElasticLayerNorm(ElasticNorm):

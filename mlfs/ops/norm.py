@@ -25,20 +25,14 @@ __all__ = ["add_norm", "add_norm_reference", "layer_norm", "rms_norm"]
 
 
 def add_norm_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    statistics: torch.dtype | None = None,
+    x: Tensor, residual: Tensor | None, norm: Norm, statistics: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes (y, s) of the formula without dropout, in plain, differentiable PyTorch."""
     columns = x.shape[-1]
     total = x
     if residual is not None:
         total = residual + x
-    weight, bias, _, _ = Norm(weight, bias, eps, rms).cut(columns)
+    weight, bias, eps, rms = norm.cut(columns)
     if not rms:
         return torch.nn.functional.layer_norm(total, (columns,), weight, bias, eps), total
     if statistics is None:
@@ -54,7 +48,7 @@ def add_norm_reference(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Applies layer normalisation to x (..., n) with the leading n of weight and bias (N,)."""
-    return add_norm(x, None, weight, bias, eps, rms=False)[0]
+    return add_norm(x, None, Norm(weight, bias, eps, rms=False))[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | None = None) -> Tensor:
@@ -62,16 +56,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, statistics: torch.dtype | No
 
     The scaled x is cast back before it meets the weight, as the Llama family does.
     """
-    return add_norm(x, None, weight, None, eps, rms=True, statistics=statistics)[0]
+    return add_norm(x, None, Norm(weight, None, eps, rms=True), statistics=statistics)[0]
 
 
 def add_norm(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
+    norm: Norm,
     p: float = 0.0,
     seed: Tensor | None = None,
     statistics: torch.dtype | None = None,
@@ -80,8 +71,7 @@ def add_norm(
 
     Args:
         x, residual: (..., n), floating point; residual may be None. s has the wider of their types.
-        weight, bias: (N,) or None.
-        rms: root-mean-square instead of layer normalisation.
+        norm: its weight and bias are (N,) or None.
         p: probability of dropout, 0 to below 1. The mask is drawn from `seed` and drawn again in the backward pass.
         seed: one int64 on x's device; by default drawn from torch's generator of that device.
         statistics: the type that the reference takes them in; by default float32, or float64 for float64 x. (The Llama
@@ -92,14 +82,15 @@ def add_norm(
     """
     if not 0.0 <= p < 1.0:
         raise MLFSError(f"p={p}: a probability of dropout is at least 0 and below 1")
+    weight, bias, eps, rms = norm
     if not p:  # a mask needs a seed, which is drawn below
         direct = direct_implementation("direct_add_norm", x, residual, weight, bias)
         if direct is not None:
-            y, total = direct(flat_rows(x), flat_rows(residual), Norm(weight, bias, eps, rms))
+            y, total = direct(flat_rows(x), flat_rows(residual), norm)
             return y.view(x.shape), total.view(x.shape)
     if seed is None and not has_implementation("add_norm", x, residual, weight, bias):
         x = torch.nn.functional.dropout(x, p)  # as torch's own modules: a mask that is kept is cheaper here
-        return add_norm_reference(x, residual, weight, bias, eps, rms, statistics)
+        return add_norm_reference(x, residual, norm, statistics)
     # The type of s; not by `_dtypes`, as torch.compile cannot trace torch.result_type.
     dtype = x.dtype
     if residual is not None:
@@ -128,7 +119,7 @@ def _add_norm_in_pytorch(
     """Computes (y of `dtype`, s) for x (T, n); s is x itself where nothing is added or dropped."""
     if dropout.p:
         x = x * _mask(x, dropout)
-    return add_norm_reference(x, residual, *norm)
+    return add_norm_reference(x, residual, norm)
 
 
 @implements("reference", "add_norm_backward")

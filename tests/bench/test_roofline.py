@@ -19,7 +19,7 @@ from transformers import (
 
 from mlfs import SearchSpace, Subnet, SuperTransformer
 from mlfs.ops.backend import use_backend
-from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
+from mlfs.ops.layer import Activated, Dropout, Epilogue, LowRankLinear, Norm, Wanted
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
@@ -127,9 +127,9 @@ def test_products_of_one_x_touch_the_bytes_that_are_counted(rows, stages):
 def test_norms_touch_the_bytes_that_are_counted(rms, p):
     x, residual, weight, bias = rand(21, 45), rand(21, 45), rand(50), rand(50)
     with launched() as seen:
-        y, s = norm.forward(x, residual, weight, None if rms else bias, 1e-5, rms, p, torch.tensor([7]))
-        norm.backward(y, rand(21, 45), s, weight, 1e-5, rms, p, torch.tensor([7]), True)
-        norm.forward(x, None, weight, None, 1e-5, True)
+        y, s = norm.forward(x, residual, Norm(weight, None if rms else bias, 1e-5, rms), Dropout(p, torch.tensor([7])))
+        norm.backward(y, rand(21, 45), s, Norm(weight, None, 1e-5, rms), Dropout(p, torch.tensor([7])), True)
+        norm.forward(x, None, Norm(weight, None, 1e-5, True))
     assert len(seen) == 3
 
 

@@ -9,9 +9,9 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.ops import backend
 from mlfs.ops.backend import use_backend
 from mlfs.ops.backends import cpp
-from mlfs.ops.norm import add_norm
 from mlfs.ops.sliced_linear import sliced_linear
 from tests.calls import Call
+from tests.helpers.norms import add_norm
 
 
 def test_types_it_does_not_take_are_refused_when_forced_and_go_elsewhere_when_not(monkeypatch):

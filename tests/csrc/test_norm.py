@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mlfs.ops.attention import ragged_attention, ranges_of_sequences
 from mlfs.ops.layer import LowRankLinear
-from mlfs.ops.norm import add_norm, add_norm_reference
 from mlfs.ops.sliced_linear import sliced_linear
 from tests.calls import strided
 from tests.csrc.helpers import TYPES, close, cpu, mask_of
+from tests.helpers.norms import add_norm, add_norm_reference
 
 
 @TYPES

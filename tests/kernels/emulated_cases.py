@@ -17,7 +17,7 @@ from mlfs.kernels import decode, distill, grouped, joint, norm, product, reducti
 from mlfs.kernels.configs import PRODUCT, Config
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import joint_linear_reference
-from mlfs.ops.layer import Activated, Epilogue, LowRankLinear, Wanted
+from mlfs.ops.layer import Activated, Dropout, Epilogue, LowRankLinear, Norm, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import finish, sliced_linear_reference
@@ -148,15 +148,19 @@ def run_norm(dtype: torch.dtype, config: Config) -> list[tuple[Tensor, Tensor]]:
     residual, bias = (None, None) if rms else (residual, bias)
     seed, dy, ds = torch.tensor([987654321987]), randn(21, 45, dtype=dtype), randn(21, 45, dtype=dtype)
     with offline(ARCH, emulate):
-        y, s = norm.forward(x, residual, weight, bias, 1e-5, rms, p, seed)
-        dx, d_residual, dw, db = norm.backward(dy, ds, s, weight, 1e-5, rms, p, seed, True)
-        drawn = norm.forward(torch.ones_like(x), None, weight, None, 1e-5, rms, p, seed)[1] if p else torch.ones(21, 45)
+        y, s = norm.forward(x, residual, Norm(weight, bias, 1e-5, rms), Dropout(p, seed))
+        dx, d_residual, dw, db = norm.backward(dy, ds, s, Norm(weight, bias, 1e-5, rms), Dropout(p, seed), True)
+        drawn = (
+            norm.forward(torch.ones_like(x), None, Norm(weight, None, 1e-5, rms), Dropout(p, seed))[1]
+            if p
+            else torch.ones(21, 45)
+        )
     kept = (drawn > 0) / (1 - p)
     assert p == 0 or 0.5 < (kept > 0).double().mean() < 0.9
     wide = [None if t is None else t.double().requires_grad_() for t in (x, residual, weight, bias)]
     xd, rd, wd, bd = wide
     assert xd is not None and wd is not None
-    goal, carried = add_norm_reference(xd * kept, rd, wd, bd, 1e-5, rms)
+    goal, carried = add_norm_reference(xd * kept, rd, Norm(wd, bd, 1e-5, rms))
     ((goal * dy.double()).sum() + (carried * ds.double()).sum()).backward()
     assert xd.grad is not None and wd.grad is not None and dw is not None and db is not None
     pairs = [(y, goal), (s, carried), (dx, xd.grad), (dw, wd.grad[:45])]

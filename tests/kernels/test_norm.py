@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
-from mlfs.ops.norm import add_norm, add_norm_reference, layer_norm, rms_norm
+from mlfs.ops.norm import layer_norm, rms_norm
 from tests.calls import strided
 from tests.devices import move, on_each_device
+from tests.helpers.norms import add_norm, add_norm_reference
 
 EPS = 1e-5
 pytestmark = on_each_device

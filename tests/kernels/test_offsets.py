@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear_reference
 from mlfs.ops.joint_linear import joint_linear_reference
-from mlfs.ops.layer import Epilogue, LowRankLinear, Wanted
+from mlfs.ops.layer import Epilogue, LowRankLinear, Norm, Wanted
 from mlfs.ops.norm import add_norm_reference
 from mlfs.ops.rotary import rotary_reference
 from mlfs.ops.sliced_linear import sliced_linear_reference
@@ -100,10 +100,10 @@ def test_several_sizes_in_one_launch(device):
 def test_norm(device, rms):
     x, residual, dy, ds = (far(ROWS, COLUMNS, device, i) for i in range(4))
     weight = near(COLUMNS, device=device, seed=5)
-    y, s = norm.forward(x, residual, weight, None, 1e-5, rms, dtype=torch.float16)
-    dx, _, dw, _ = norm.backward(dy, ds, s, weight, 1e-5, rms, trains=True)
+    y, s = norm.forward(x, residual, Norm(weight, None, 1e-5, rms), dtype=torch.float16)
+    dx, _, dw, _ = norm.backward(dy, ds, s, Norm(weight, None, 1e-5, rms), trains=True)
     xd, rd, wd = wide(x, residual, weight)
-    goal, carried = add_norm_reference(xd, rd, wd, None, 1e-5, rms)
+    goal, carried = add_norm_reference(xd, rd, Norm(wd, None, 1e-5, rms))
     total = (goal * dy.cpu().double()).sum() + (carried * ds.cpu().double()).sum()
     assert dw is not None
     agree([y, s, dx, dw], [goal, carried, *torch.autograd.grad(total, (xd, wd))])

@@ -138,7 +138,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     from mlfs.kernels import norm as kernels
 
-    return kernels.forward(x, residual, *norm, dropout.p, dropout.seed, dtype)
+    return kernels.forward(x, residual, norm, dropout, dtype)
 
 
 @implements("triton", "add_norm_backward")
@@ -147,8 +147,7 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     from mlfs.kernels import norm as kernels
 
-    options = norm.eps, norm.rms, dropout.p, dropout.seed, trains
-    dx, d_residual, d_weight, d_bias = kernels.backward(dy, ds, s, norm.weight, *options)
+    dx, d_residual, d_weight, d_bias = kernels.backward(dy, ds, s, norm, dropout, trains)
     if not dropout.p:
         return dx, None, d_weight, d_bias  # d_residual is dx
     return dx, d_residual, d_weight, d_bias
