@@ -1,5 +1,6 @@
 """The command line, as a user types it: help, errors of one line, and train, eval, export on a real model."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from mlfs import MLFSError
+from mlfs import MLFSArguments, MLFSError
 from mlfs.cli import main, train_arguments
+from mlfs.commands.bases import ModelArguments
+from mlfs.data import DataArguments
 from mlfs.models.pretrained import MINILM, find_model
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,17 @@ def run(data: tuple[str, str], tmp_path_factory: Any) -> Path:
              "--order_batches", "2", "--disable_tqdm", "true"]  # fmt: skip
     assert main(words) == 0
     return folder
+
+
+def test_an_option_that_is_not_given_has_the_default_of_the_trainer(tmp_path: Path) -> None:
+    """Also those that are on by default: a parser may take an option of two values for one that is off."""
+    model, data, args = train_arguments(["--model", "minilm", "--output_dir", str(tmp_path)])
+    said = {"eval_strategy": "epoch", "report_to": "none", "logging_steps": 50}  # the command line's own
+    expected = MLFSArguments(str(tmp_path), **said)
+    for made, default in ((model, ModelArguments("minilm")), (data, DataArguments()), (args, expected)):
+        for field in dataclasses.fields(default):
+            assert getattr(made, field.name) == getattr(default, field.name), field.name
+    assert args.train_head and args.merge_stages and args.fused_head_loss
 
 
 @pytest.mark.parametrize("verb", ["", "train", "eval", "export", "demo"])

@@ -279,6 +279,15 @@ class MLFSTrainer(SubnetTrainer):
             self.distance.load_state_dict(load_file(path / _PROJECTIONS))
         self._let_train()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # PyTorch's, where other parameters train now
+            raise MLFSError(
+                f"the optimizer of {checkpoint} does not fit ({error}): resume with the options of that run "
+                f"(train_head, train_norms, rank, ...), which are in {checkpoint}/training_args.json"
+            ) from error
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")

@@ -165,6 +165,15 @@ def test_a_killed_run_resumes_to_the_same_weights(stage: int, checkpoint: int, t
     assert resumed.permutation == whole.supernet.permutation
 
 
+def test_resuming_with_other_parameters_that_train_is_refused_in_one_line(tmp_path: Path) -> None:
+    options = {"stages_to_train": [0], "stage_steps": [6], "save_steps": 3, "save_strategy": "steps"}
+    trainer(tmp_path, **options).train()
+    (tmp_path / "stage-0" / "mlfs.json").unlink()
+    with pytest.raises(MLFSError, match=r"optimizer of .*checkpoint-6 does not fit .*training_args\.json") as raised:
+        trainer(tmp_path, train_head=False, **options).train(resume_from_checkpoint=True)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     import mlfs.supernet.checkpoint as checkpoint
 
