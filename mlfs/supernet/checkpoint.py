@@ -162,10 +162,10 @@ def read_values(path: Path) -> dict[str, Any]:
     needed = _FIELDS
     if form == 1:
         needed = _FIELDS - {"trained_stages"} | {"live_stages", "permutation"}
+    if form is not None and form not in (1, FORMAT):  # which may have other fields
+        raise MLFSError(f"{path} has format {form}, this version reads 1 to {FORMAT}: use the version that wrote it")
     if missing := needed - set(values):
         raise MLFSError(f"{path / CONFIG_NAME} lacks {sorted(missing)}: it is damaged; restore it or train anew")
-    if form not in (1, FORMAT):
-        raise MLFSError(f"{path} has format {form}, this version reads 1 to {FORMAT}: use the version that wrote it")
     if values.pop("checksum") != _checksum(values):
         raise MLFSError(f"{path / CONFIG_NAME} is not what was saved: it is damaged or was changed by hand; restore it")
     if form == 1:

@@ -200,7 +200,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "json no object": (lambda f: (f / "mlfs.json").write_text("[1]"), "holds no JSON object: it is damaged"),
     "json lacks the space": (lambda f: edit(f, lambda s: s.pop("space")), r"lacks \['space'\]: it is damaged"),
     "json lacks its checksum": (lambda f: edit(f, lambda s: s.pop("checksum")), r"lacks \['checksum'\]"),
-    "newer format": (lambda f: edit(f, lambda s: s.update(format=99)), "has format 99, this version reads 1 to 2"),
+    "newer format": (
+        lambda f: edit(f, lambda s: (s.pop("space"), s.update(format=99))),
+        "has format 99, this version reads 1 to 2",
+    ),
     "other alpha": (lambda f: edit(f, lambda s: s.update(alpha=99.0)), r"mlfs\.json is not what was saved"),
     "other rank": (lambda f: edit(f, lambda s: s.update(rank=2)), r"mlfs\.json is not what was saved"),
     "other space": (lambda f: edit(f, lambda s: s["space"].update(ffn=[40])), r"mlfs\.json is not what was saved"),
