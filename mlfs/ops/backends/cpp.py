@@ -1,4 +1,8 @@
-"""The backend for CPUs: the extension compiled from csrc/."""
+"""The backend for CPUs: the extension compiled from csrc/.
+
+Each function below is what the operator that its decorator names is here; what it takes and gives is said in the
+operator's own file, beside the reference. `direct_...` are called without an operator of PyTorch's between.
+"""
 
 from collections.abc import Sequence
 from functools import cache

@@ -1,4 +1,8 @@
-"""The backend for GPUs: the kernels of `mlfs.kernels`. Nothing of Triton is imported before one of them is wanted."""
+"""The backend for GPUs: the kernels of `mlfs.kernels`. Nothing of Triton is imported before one of them is wanted.
+
+Each function below is what the operator that its decorator names is here; what it takes and gives is said in the
+operator's own file, beside the reference.
+"""
 
 import os
 from collections.abc import Sequence
