@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mlfs import MLFSArguments, MLFSError
 from mlfs.cli import main, train_arguments
@@ -54,6 +55,85 @@ def test_an_option_that_is_not_given_has_the_default_of_the_trainer(tmp_path: Pa
         for field in dataclasses.fields(default):
             assert getattr(made, field.name) == getattr(default, field.name), field.name
     assert args.train_head and args.merge_stages and args.fused_head_loss
+
+
+TEXTS = (
+    "#1 String",
+    "#",
+    "null",
+    "~",
+    "&x",
+    "*a",
+    "%x",
+    "---",
+    "true",
+    "1e3",
+    "+5",
+    "2024-01-01",
+    "a: b",
+    "[x",
+    "{",
+    "'q'",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_stands(text: str, tmp_path: Path) -> None:
+    """On a command line and in quotes in a file; YAML would take most of these for something else."""
+    names = ("text_column", "train_file", "run_name")
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump({"model": "minilm", "output_dir": "r", **dict.fromkeys(names, text)}))
+    flags = ["--model", "minilm", "--output_dir", "r", *(f"--{name}={text}" for name in names)]
+    for words in ([str(file)], flags):
+        _, data, args = train_arguments(words)
+        assert (data.text_column, data.train_file, args.run_name) == (text, text, text)
+
+
+def test_lists_of_text_keep_their_items(tmp_path: Path) -> None:
+    given = ["start: x", "a,b", "true", "&a b", "null", "1e3", "[x", "#"]
+    base = ["--model", "minilm", "--output_dir", "r"]
+    assert train_arguments([*base, "--label_names", *given])[2].label_names == given
+    assert train_arguments([*base, "--label_names", "a,b"])[2].label_names == ["a,b"]
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump({"model": "minilm", "output_dir": "r", "label_names": given}))
+    assert train_arguments([str(file)])[2].label_names == given
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("1", True), ("T", True), ("Yes", True), ("0", False), ("F", False), ("n", False)]
+)
+def test_truth_values_may_be_spelled_in_several_ways(word: str, value: bool, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: minilm\noutput-dir: r\ntrain_head: {word}\nlearning-rate: 0.5\n")  # dashes are allowed
+    for words in ([str(file)], ["--model", "minilm", "--output_dir", "r", "--train_head", word]):
+        assert train_arguments(words)[2].train_head is value
+    assert train_arguments([str(file)])[2].learning_rate == 0.5
+
+
+def test_a_name_without_a_value_in_a_file_has_the_default_of_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model: minilm\noutput_dir: r\neval_strategy:\nlogging_steps:\nreport_to:\nrevision: 2024-01-01\n")
+    model, _, args = train_arguments([str(file)])
+    assert (args.eval_strategy, args.logging_steps, args.report_to) == ("epoch", 50, [])
+    assert model.revision == "2024-01-01"
+
+
+@pytest.mark.parametrize("word", ["inf", "-inf", "nan"])
+def test_numbers_without_an_end_are_read(word: str) -> None:
+    words = ["--model", "minilm", "--output_dir", "r", "--learning_rate", word]
+    assert str(train_arguments(words)[2].learning_rate) == word
+
+
+def test_a_number_that_does_not_fit_is_refused_in_one_line() -> None:
+    with pytest.raises(MLFSError, match="infinity") as raised:
+        train_arguments(["--model", "minilm", "--output_dir", "r", "--logging_steps", "inf"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_space_that_says_nothing_is_refused() -> None:
+    model, _, _ = train_arguments(["--model", "minilm", "--output_dir", "r", "--space", "null"])
+    with pytest.raises(MLFSError, match="a search space needs the keys"):
+        model.search_space()
 
 
 @pytest.mark.parametrize("verb", ["", "train", "eval", "export", "demo"])

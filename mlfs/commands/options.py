@@ -51,7 +51,11 @@ COMMON = frozenset(
 DEFAULTS = {"eval_strategy": "epoch", "report_to": "none", "logging_steps": 50}  # instead of transformers'
 GROUPS = {"ModelArguments": "Model and sizes", "DataArguments": "Data", "MLFSArguments": "Method"}
 RENAMED = {"fold_stages": "merge_stages"}
-AS_JSON = ("space", "palette")  # kept as JSON text, and in a file also written as nested YAML
+TRUTH = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
+NUMBERS = {"nan": ".nan", "inf": ".inf", "+inf": ".inf", "-inf": "-.inf", "infinity": ".inf", "-infinity": "-.inf"}
 
 
 def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
@@ -77,18 +81,25 @@ def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
     if {"--help", "-h", "--help-all"} & set(words):
         _parser(kinds, types, all_options="--help-all" in words).print_help()
         raise SystemExit(0)
-    file = None
+    file: dict[str, Any] = {}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
         file, words = read_file(Path(words[0]), types), words[1:]
-    values = _parse(_parser(kinds, types), file or {}, spell_out(words, types))
-    values = {name: _as_declared(name, value, types[name]) for name, value in values.items() if value is not None}
+    flags = read_flags(words, types)
+    # Text is taken as it stands. The parser reads YAML, to which `#1 String` is nothing and `&x` a mark.
+    texts = {name: value for given in (file, flags) for name, value in given.items() if _is_text(name, value, types)}
+    values = _parse(
+        _parser(kinds, types),
+        {name: value for name, value in file.items() if name not in texts},
+        [f"--{name}={_in_yaml(value)}" for name, value in flags.items() if name not in texts],
+    )
+    values = {name: _as_declared(value, types[name]) for name, value in values.items() if value is not None} | texts
     if not values.get("model"):
         raise MLFSError("give --model, a name on the Hub or a folder")
     if not values.get("output_dir"):
         raise MLFSError("give --output_dir, the folder the run is written to")
     try:
         made = [kind(**{name: values[name] for name in _types(kind) if name in values}) for kind in kinds]
-    except ValueError as error:  # transformers' own checks
+    except (ValueError, OverflowError) as error:  # transformers' own checks
         raise MLFSError(" ".join(str(error).split())) from None
     return tuple(made)  # type: ignore[return-value]
 
@@ -105,19 +116,38 @@ def read_file(path: Path, types: dict[str, Any]) -> dict[str, Any]:
         raise MLFSError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise MLFSError(f"{path}: expected a mapping of options to values")
-    for name in values:
+    found = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
         if name not in types:
-            raise MLFSError(f"{path}: unknown option {name!r}{_nearest(str(name), types)}")
-    return values
+            raise MLFSError(f"{path}: unknown option {key!r}{_nearest(str(key), types)}")
+        if value is not None:  # a name without a value says nothing
+            found[name] = _in_a_file(value, types[name])
+    return found
 
 
-def spell_out(words: list[str], types: dict[str, Any]) -> list[str]:
-    """Brings flags into the form `--name=value`, with lists in brackets.
+def _in_a_file(value: Any, hint: Any) -> Any:
+    """Brings a value of a YAML file closer to the option's type: numbers, dates and mappings to text, 0 to false."""
+    members = _members(hint)
+    if bool in members and isinstance(value, (int, str)):
+        return TRUTH.get(str(value).lower(), value)
+    if str in members and isinstance(value, dict):
+        return json.dumps(value)
+    if list[str] in members and isinstance(value, list):
+        return [item if isinstance(item, str) else str(item) for item in value]
+    if (str in members or list[str] in members) and not isinstance(value, (list, str, dict)):
+        return str(value)
+    return value
+
+
+def read_flags(words: list[str], types: dict[str, Any]) -> dict[str, Any]:
+    """Reads flags by name: text, truth values, or a list of text where values stand side by side.
 
     A truth value may stand alone (`--bf16`) or be denied (`--no_train_head`), and dashes may stand for underscores.
 
-    >>> spell_out(["--steps", "10", "5", "--bf16", "--no-fused"], {"steps": list[int], "bf16": bool, "fused": bool})
-    ['--steps=[10, 5]', '--bf16=true', '--fused=false']
+    >>> types = {"steps": list[int], "bf16": bool, "fused": bool, "name": str}
+    >>> read_flags(["--steps", "10", "5", "--bf16", "--no-fused", "--name", "#1"], types)
+    {'steps': ['10', '5'], 'bf16': True, 'fused': False, 'name': '#1'}
     """
     flags: list[tuple[str, list[str]]] = []
     for word in words:
@@ -128,23 +158,47 @@ def spell_out(words: list[str], types: dict[str, Any]) -> list[str]:
             flags[-1][1].append(word)
         else:
             raise MLFSError(f"unexpected {word!r}: options start with --; a file of options ends in .yaml")
-    return [_spell_out_one(option, values, types) for option, values in flags]
+    return dict(_read_flag(option, values, types) for option, values in flags)
 
 
-def _spell_out_one(option: str, values: list[str], types: dict[str, Any]) -> str:
+def _read_flag(option: str, values: list[str], types: dict[str, Any]) -> tuple[str, Any]:
     name = option[2:].replace("-", "_")
     positive = name.removeprefix("no_")
     if name not in types and positive in types and bool in _members(types[positive]) and not values:
-        return f"--{positive}=false"
+        return positive, False
     if name not in types:
         raise MLFSError(f"unknown option {option}{_nearest(name, types)}")
-    if len(values) > 1 and _is_list(types[name]):
-        return f"--{name}=[{', '.join(values)}]"
-    if len(values) > 1:
+    members = _members(types[name])
+    if len(values) > 1 and not _is_list(types[name]):
         raise MLFSError(f"{option} takes one value, not {len(values)}: {' '.join(values)}")
-    if not values and bool not in _members(types[name]):
+    if len(values) > 1:
+        return name, values
+    if not values and bool not in members:
         raise MLFSError(f"{option} needs a value")
-    return f"--{name}={values[0] if values else 'true'}"
+    if not values:
+        return name, True
+    if bool in members:
+        return name, TRUTH.get(values[0].lower(), values[0])
+    if list[str] in members and str not in members and not values[0].startswith("["):
+        return name, values
+    return name, values[0]
+
+
+def _is_text(name: str, value: Any, types: dict[str, Any]) -> bool:
+    """Tells whether an option's value is text, or a list of it, that needs no more reading."""
+    members = _members(types[name])
+    if isinstance(value, list):
+        return list[str] in members
+    return isinstance(value, str) and str in members and bool not in members
+
+
+def _in_yaml(value: Any) -> str:
+    """Writes a flag's value as the parser reads it: lists in brackets; YAML has words of its own for nan and inf."""
+    if isinstance(value, list):
+        return f"[{', '.join(_in_yaml(item) for item in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return NUMBERS.get(value.lower(), value)
 
 
 def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = True) -> Any:
@@ -165,7 +219,7 @@ def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = 
                 title = GROUPS[kind.__name__] if own else "Training, from transformers"
                 groups[title].add_argument(
                     f"--{field.name}",
-                    type=_accepted(field.name, hint),
+                    type=_accepted(hint),
                     default=DEFAULTS.get(field.name),
                     metavar=_metavar(hint, field.metadata.get("choices")),
                     help=argparse.SUPPRESS if field.name in rare else _help(field),
@@ -173,7 +227,7 @@ def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = 
     group = parser.add_argument_group("Help")
     group.add_argument("--help", action="store_true", help="show the method's options and the most used of training")
     group.add_argument("--help-all", action="store_true", help="show transformers' TrainingArguments too")
-    for action in parser._actions:  # what jsonargparse adds by itself, and `spell_out` does not let through
+    for action in parser._actions:  # what jsonargparse adds by itself, and `read_flags` does not let through
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
         if action.dest.endswith(".help") or any("." in option for option in action.option_strings):
             action.help = argparse.SUPPRESS
@@ -217,27 +271,19 @@ def _is_list(hint: Any) -> bool:
     return any(get_origin(member) is list for member in _members(hint))
 
 
-def _accepted(name: str, hint: Any) -> Any:
-    """The type that is read for an option of type `hint`: also nothing; one value for a list; nested YAML for JSON; for
-    text also what YAML takes for a number or a truth value (`revision: 1.0`)."""
+def _accepted(hint: Any) -> Any:
+    """The type that is read for an option of type `hint`: also nothing, and one value for a list."""
     hint = hint | None
     for member in _members(hint):
         if get_origin(member) is list:
             hint = hint | get_args(member)[0]
-        if member is str:
-            hint = hint | int | float | bool
-    return dict[str, Any] | hint if name in AS_JSON else hint
+    return hint
 
 
-def _as_declared(name: str, value: Any, hint: Any) -> Any:
-    """The value of an option in its own type, from one of those that are accepted."""
-    if name in AS_JSON and isinstance(value, dict):
-        return json.dumps(value)
-    members = _members(hint)
-    if _is_list(hint) and str not in members and not isinstance(value, list):
+def _as_declared(value: Any, hint: Any) -> Any:
+    """The value of an option in its own type: of a list that has one value, the list."""
+    if _is_list(hint) and str not in _members(hint) and not isinstance(value, list):
         return [value]
-    if str in members and isinstance(value, (bool, int, float)) and type(value) not in members:
-        return str(value)
     return value
 
 
