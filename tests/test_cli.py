@@ -119,15 +119,23 @@ def test_a_name_without_a_value_in_a_file_has_the_default_of_the_command_line(tm
 
 
 @pytest.mark.parametrize("word", ["inf", "-inf", "nan"])
-def test_numbers_without_an_end_are_read(word: str) -> None:
-    words = ["--model", "minilm", "--output_dir", "r", "--learning_rate", word]
-    assert str(train_arguments(words)[2].learning_rate) == word
+def test_numbers_without_an_end_are_read(word: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: minilm\noutput_dir: r\nlearning_rate: {word}\n")
+    for words in ([str(file)], ["--model", "minilm", "--output_dir", "r", "--learning_rate", word]):
+        assert str(train_arguments(words)[2].learning_rate) == word
 
 
 def test_a_number_that_does_not_fit_is_refused_in_one_line() -> None:
     with pytest.raises(MLFSError, match="infinity") as raised:
         train_arguments(["--model", "minilm", "--output_dir", "r", "--logging_steps", "inf"])
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(MLFSError, match=r"a\.yaml is not text in UTF-8"):
+        train_arguments([str(tmp_path / "a.yaml")])
 
 
 def test_a_space_that_says_nothing_is_refused() -> None:

@@ -112,6 +112,8 @@ def read_file(path: Path, types: dict[str, Any]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MLFSError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise MLFSError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise MLFSError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -131,8 +133,10 @@ def _in_a_file(value: Any, hint: Any) -> Any:
     members = _members(hint)
     if bool in members and isinstance(value, (int, str)):
         return TRUTH.get(str(value).lower(), value)
+    if float in members and isinstance(value, str) and value.lower() in NUMBERS:
+        return float(value)
     if str in members and isinstance(value, dict):
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     if list[str] in members and isinstance(value, list):
         return [item if isinstance(item, str) else str(item) for item in value]
     if (str in members or list[str] in members) and not isinstance(value, (list, str, dict)):
