@@ -76,7 +76,7 @@ def test_the_device_is_asked_in_ops_and_nowhere_above(path):
 @pytest.mark.parametrize(
     "text",
     [
-        "from mlfs.ops.backend import is_direct",
+        "from mlfs.ops.backend import backend_of",
         "from mlfs.ops import backend",
         "def f():\n    import mlfs.ops.backend as b",
     ],

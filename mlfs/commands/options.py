@@ -98,7 +98,9 @@ def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
     if not values.get("output_dir"):
         raise MLFSError("give --output_dir, the folder the run is written to")
     try:
-        made = [kind(**{name: values[name] for name in _types(kind) if name in values}) for kind in kinds]
+        made = [
+            kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
+        ]
     except (ValueError, OverflowError) as error:  # transformers' own checks
         raise MLFSError(" ".join(str(error).split())) from None
     return tuple(made)  # type: ignore[return-value]

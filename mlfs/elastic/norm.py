@@ -53,13 +53,12 @@ class ElasticNorm(Elastic):
             return parts[0], total
         return torch.cat(parts), total
 
-    def reads_now(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """Gives (weight, bias, eps), as operators take them."""
-        return self.weight, self.bias, self.eps
+    def reads_now(self) -> Norm:
+        """Gives the norm as operators take it."""
+        return Norm(self.weight, self.bias, self.eps, self.rms)
 
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
-        norm = Norm(self.weight, self.bias, self.eps, self.rms)
-        return add_norm(x, residual, norm, p, statistics=self.statistics)
+        return add_norm(x, residual, self.reads_now(), p, statistics=self.statistics)
 
 
 class ElasticLayerNorm(ElasticNorm):

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlfs.ops.backend import direct_implementation, has_implementation
+from mlfs.ops.backend import backend_of, direct_implementation, has_implementation
 from mlfs.ops.feed_forward import feed_forward, may_feed_forward
 from mlfs.ops.joint_linear import joint_linear, may_join
 from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
 from mlfs.ops.sliced_linear import check_epilogue, sliced_linear, sliced_linear_reference
 
-__all__ = ["feed_forward_block", "linear", "linears"]
+__all__ = ["feed_forward_block", "fuses_activations", "linear", "linears", "trains_fused"]
 
 
 def linear(x: Tensor, layer: LowRankLinear, epilogue: Epilogue = NOTHING, trains_base: bool = False) -> Tensor:
@@ -91,9 +91,7 @@ def feed_forward_block(
     Returns:
         [(..., m)], or, if it `returns_input`, [(..., m), x].
     """
-    # Fused only where a gradient is wanted, and its product goes back through the activation: else nothing is saved.
-    fuses = torch.is_grad_enabled() and has_implementation("linear_backward_through_activation", x)
-    if fuses and may_feed_forward(layers, activation):
+    if trains_fused(x) and may_feed_forward(layers, activation):
         return feed_forward(x, layers, activation, residual, returns_input)
     *ups, down = layers
     if len(ups) > 1:
@@ -102,3 +100,17 @@ def feed_forward_block(
         activated = linear(x, ups[0], Epilogue(activation))
     y = linear(activated, down, Epilogue(residual=residual))
     return [y, x] if returns_input else [y]
+
+
+def trains_fused(x: Tensor) -> bool:
+    """Tells whether blocks of layers are worth an operator of their own, for tensors such as x.
+
+    They are where a gradient is wanted, and the product that makes it goes back through the activation and adds up the
+    gradients of all that reads its input: else nothing is saved.
+    """
+    return torch.is_grad_enabled() and has_implementation("linear_backward_through_activation", x)
+
+
+def fuses_activations(x: Tensor) -> bool:
+    """Tells whether an activation is computed inside the product before it; else it is a pass of its own."""
+    return backend_of(x) != "reference"

@@ -26,7 +26,7 @@ from mlfs.ops.backends.cpp import why_no_cpp
 
 __all__ = [
     "BACKENDS", "autocast_type", "backend_of", "check", "cpp", "direct_implementation", "has_implementation",
-    "in_autocast_type", "is_direct", "run", "use_backend", "why_no_cpp",
+    "in_autocast_type", "run", "use_backend", "why_no_cpp",
 ]  # fmt: skip
 
 BACKENDS = tuple(table.BACKENDS)
@@ -89,11 +89,6 @@ def direct_implementation(operator: str, x: Tensor, *others: Tensor | None) -> C
     if autocast_type(x) is not None:  # x is cast on the way to an operator
         return None
     return table.find(backend_of(x, *others), operator)
-
-
-def is_direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Says whether linear layers of these tensors run without an operator of PyTorch's between."""
-    return direct_implementation("direct_linears", x, *others) is not None
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:

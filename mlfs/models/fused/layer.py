@@ -16,7 +16,8 @@ from mlfs.models.follow import Forward
 from mlfs.models.fused.attention import are_ranges, attend_both_ways, attention_function
 from mlfs.models.fused.mlp import drops
 from mlfs.models.fused.registry import GELUS, Activation, registers
-from mlfs.ops.layers import EncoderLayer, encoder_layer, trains_on_kernels
+from mlfs.ops.actions import trains_fused
+from mlfs.ops.encoder_layer import EncoderLayer, encoder_layer
 
 
 @registers(AddNorm, linears=("linear",), norms=("norm",), others=("dropout",))
@@ -111,7 +112,7 @@ def post_norm(block: PostNorm, own_forward: Forward, activation: Activation) -> 
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if trains_on_kernels(hidden_states):
+        if trains_fused(hidden_states):
             parts, dropouts = _PostNormParts(*parts_of(self)), dropouts_of(self)
             attends_elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
             if (

@@ -8,7 +8,7 @@ from mlfs.elastic.joint import feed_forward
 from mlfs.models.families.spec import MLP, Activated, GatedMLP
 from mlfs.models.follow import Forward
 from mlfs.models.fused.registry import GATED, GELUS, Activation, registers
-from mlfs.ops.layers import fuses_activations
+from mlfs.ops.actions import fuses_activations
 
 
 @registers(Activated, linears=("linear",), activations=GELUS)

@@ -122,6 +122,17 @@ def _plus(dx: Tensor, residual: Tensor | None) -> Tensor:
     return dx if residual is None else dx.add_(residual)
 
 
+@implements("cpp", "direct_encoder_layer")
+def direct_encoder_layer(x: Tensor, layer: Any, ranges: Tensor) -> Tensor:
+    norms = layer.norm[:3], layer.last_norm[:3]  # weight, bias and eps: both are layer normalisations
+    projections, activation = [layer.query, layer.key, layer.value], ACTIVATIONS.index(layer.activation)
+    y: Tensor = extension().encoder_layer(
+        x, projections, layer.out, norms[0], layer.up, activation, layer.down, norms[1], ranges, layer.head_dim,
+        layer.scale,
+    )  # fmt: skip
+    return y
+
+
 @implements("cpp", "direct_add_norm")
 def direct_add_norm(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     return add_norm(x, residual, norm, Dropout(0.0, None), x.dtype)

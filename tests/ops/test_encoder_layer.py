@@ -1,11 +1,13 @@
-"""What whole layers ask of the device."""
+"""What blocks of layers ask of the device, and an encoder's layer in one call."""
 
 import pytest
 import torch
 
+from mlfs.ops.actions import fuses_activations, trains_fused
 from mlfs.ops.attention import ranges_of_sequences
 from mlfs.ops.backend import use_backend
-from mlfs.ops.layers import EncoderLayer, encoder_layer, fuses_activations, trains_on_kernels
+from mlfs.ops.encoder_layer import EncoderLayer, encoder_layer
+from mlfs.ops.layer import LowRankLinear, Norm
 
 X = torch.ones(2, 3)
 
@@ -20,17 +22,17 @@ def test_activations_are_fused_wherever_there_are_kernels():
 
 def test_training_on_kernels_is_told_from_inference_and_from_other_backends():
     with use_backend("reference"):
-        assert not trains_on_kernels(X)
+        assert not trains_fused(X)
     pytest.importorskip("triton")
     with use_backend("triton"):
-        assert trains_on_kernels(X)
+        assert trains_fused(X)
         with torch.no_grad():
-            assert not trains_on_kernels(X)
+            assert not trains_fused(X)
 
 
 def encoder_layer_of(size: int) -> EncoderLayer:
-    linear = (torch.ones(size, size), None, [], [], [], [0, size])
-    norm = (torch.ones(size), torch.zeros(size), 1e-5)
+    linear = LowRankLinear(torch.ones(size, size), None, [], [], [], [0, size])
+    norm = Norm(torch.ones(size), torch.zeros(size), 1e-5, rms=False)
     return EncoderLayer(
         query=linear, key=linear, value=linear, out=linear, norm=norm, up=linear, activation="gelu", down=linear,
         last_norm=norm, head_dim=2, scale=0.5,
