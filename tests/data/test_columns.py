@@ -113,3 +113,27 @@ def test_class_label_of_a_data_set_keeps_its_names_and_order():
     rows = Dataset.from_dict({"text": ["t", "u"], "label": [0, 1]}, features)
     raw = prepare(rows, None, DataArguments())
     assert raw.id2label == {0: "z", 1: "a"} and raw.train["labels"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("label", ["1e400", "-1e999", "9" * 400, "9" * 5000, "1e39"])
+def test_a_label_that_no_float_can_hold_is_refused(label):
+    columns = {"text": ["a", "b"], "label": ["0.5", label]}
+    message = one_line_error(lambda: prepared(columns), "row 2 of the train data has the label", "larger than any")
+    assert len(message) < 200
+
+
+def test_a_long_whole_number_that_a_float_holds_is_a_class_as_it_stands():
+    raw = prepared({"text": ["a", "b"], "label": ["9" * 30, "1"]})
+    assert raw.task == "classification" and set(raw.id2label.values()) == {"9" * 30, "1"}
+
+
+def test_a_message_names_some_of_very_many_columns():
+    columns = {f"column{i}": ["a", "b"] for i in range(500)} | {"label": [0, 1]}
+    message = one_line_error(lambda: prepared(columns), "'column29' and 471 more")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("numbers", [["1", "-2.5"], ["1e5", "٣"], [None, ".5"], ["", "7"]])
+def test_a_column_that_spells_numbers_is_no_text(numbers):
+    columns = {"note": numbers, "body": ["a", "b"], "label": [0, 1]}
+    assert prepared(columns).text_columns == ("body",)
