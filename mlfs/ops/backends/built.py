@@ -20,7 +20,7 @@ def why_no_extension() -> str | None:
     if built_for and _release(built_for) != _release(torch.__version__):
         return (
             f"the extension was compiled for PyTorch {built_for}, and this is {torch.__version__}; "
-            f"install mlfs again ({REINSTALL})"
+            f"install mlfs again ({REINSTALL}; uv pip install --reinstall-package mlfs --no-build-isolation)"
         )
     try:
         import mlfs._cpu  # noqa: F401
