@@ -194,9 +194,21 @@ def _number(text: str, place: str) -> int | float:
     return value
 
 
-def is_continuous(values: list[Any]) -> bool:
-    """Tells whether labels measure something: fractions, or more whole-numbered floats than there would be classes."""
+def is_continuous(values: list[Any], part: Part) -> bool:
+    """Tells whether labels measure something: fractions, or more whole-numbered floats than there would be classes.
+
+    Raises:
+        MLFSError: some are fractions, and others no numbers: with one cell "n/a" a measurement would pass for as many
+            classes as it has values.
+    """
     if not all(isinstance(v, int | float) for v in values):
+        fractions = [v for v in values if isinstance(v, str) and _NUMBER.fullmatch(v) and not float(v).is_integer()]
+        if fractions:
+            row, odd = next((row, v) for row, v in enumerate(values, 1) if not _NUMBER.fullmatch(v))
+            raise MLFSError(
+                f"row {row} of the {part.place} has the label {odd!r}, and others are numbers such as {fractions[0]}: "
+                "correct it, or give --task classification"
+            )
         return False
     floats = [v for v in values if isinstance(v, float)]
     return any(not v.is_integer() for v in floats) or (bool(floats) and len(set(values)) > MAX_WHOLE_FLOATS)
@@ -205,9 +217,9 @@ def is_continuous(values: list[Any]) -> bool:
 def float_labels(values: list[Any], part: Part) -> list[float]:
     """Makes labels for regression; raises MLFSError if one is a name."""
     for row, value in enumerate(values, 1):
-        if isinstance(value, str):
+        if isinstance(value, str) and not _NUMBER.fullmatch(value):
             raise MLFSError(f"row {row} of the {part.place} has the label {value!r}; regression needs numbers")
-        if abs(value) > MAX_FLOAT:
+        if abs(float(value)) > MAX_FLOAT:
             raise MLFSError(
                 f"row {row} of the {part.place} has the label {value}, which is larger than any float32; correct it"
             )

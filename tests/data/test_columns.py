@@ -58,7 +58,7 @@ def test_arguments_override_the_guess():
         ({"text": ["a", "b"], "label": [0.5, math.nan]}, {}, ["row 2 of the train data has no 'label'"]),
         ({"text": ["a", "b"], "label": [1, 1]}, {}, ["the one label '1'", "two or more"]),
         ({"text": ["a", "b"], "label": [[1], [2]]}, {}, ["is no label"]),
-        ({"text": ["a", "b"], "label": ["1.5", "high"]}, {"task": "regression"}, ["row 1", "'1.5'", "needs numbers"]),
+        ({"text": ["a", "b"], "label": ["1.5", "high"]}, {"task": "regression"}, ["row 2", "'high'", "needs numbers"]),
         ({"text": ["a", "b"], "label": [0, 1]}, {"validation_fraction": 0.9}, ["leaves none to train on"]),
     ],
 )  # fmt: skip
@@ -137,3 +137,15 @@ def test_a_message_names_some_of_very_many_columns():
 def test_a_column_that_spells_numbers_is_no_text(numbers):
     columns = {"note": numbers, "body": ["a", "b"], "label": [0, 1]}
     assert prepared(columns).text_columns == ("body",)
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "n/a", "2,7", "unknown"])
+def test_a_measurement_with_a_cell_that_is_no_number_does_not_become_classes(odd):
+    columns = {"text": ["a", "b", "c"], "label": ["0.5", odd, "2.25"]}
+    one_line_error(lambda: prepared(columns), f"row 2 of the train data has the label {odd!r}", "such as 0.5")
+    assert prepared(columns, task="classification").id2label[0] == "0.5"
+    one_line_error(lambda: prepared(columns, task="regression"), f"row 2 of the train data has the label {odd!r}")
+
+
+def test_names_beside_whole_numbers_are_classes():
+    assert prepared({"text": ["a", "b"], "label": ["1", "none"]}).id2label == {0: "1", 1: "none"}
