@@ -5,6 +5,7 @@ checkpoints while the stage trains, the saved super-transformer once it is done.
 newest stage that is done has saved.
 """
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -17,18 +18,30 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
+from mlfs.supernet.folders import locked_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.distributed import sum_scores
-from mlfs.training.runs import is_saved, last_checkpoint, resume_point, stage_folder
+from mlfs.training.file_list import what_is_wrong, write_list
+from mlfs.training.runs import (
+    LOGS_NAME,
+    ResumePoint,
+    is_saved,
+    last_checkpoint,
+    make_room,
+    resume_point,
+    same_state,
+    stage_folder,
+    stages_done,
+)
 from mlfs.training.step import SubnetTrainer
 
 logger = logging.get_logger("transformers.mlfs")
@@ -92,22 +105,29 @@ class MLFSTrainer(SubnetTrainer):
         Raises:
             MLFSError: another run in `output_dir`; nothing whole to resume from; a loss that is not finite.
         """
+        with self._alone():
+            return self._train_stages(resume_from_checkpoint, **kwargs)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other runs out of the run folder; of several processes of one run the one that saves does."""
+        return locked_folder(self.run_folder) if self.args.should_save else contextlib.nullcontext()
+
+    def _train_stages(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         args = self.args
-        run, checkpoint = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
-        if not resume_from_checkpoint:
-            self._make_room()
+        point = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
+        done = stages_done(point, args.stages_to_train) if resume_from_checkpoint else []
+        left = [stage for stage in args.stages_to_train if stage not in done]
+        self._make_room(left, point, resumes=bool(resume_from_checkpoint))
         settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         output, self._step_offset = TrainOutput(0, 0.0, {}), 0
         try:
             for self.stage in args.stages_to_train:
-                folder = stage_folder(run, self.stage)
-                begun = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
-                if resume_from_checkpoint and begun is None and is_saved(folder):
-                    logs, steps = self._restore_stage(folder)
+                if self.stage in done:
+                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage))
                 else:
-                    output = self._train_stage(settings, begun, **kwargs)
+                    output = self._train_stage(settings, point.checkpoint if self.stage == left[0] else None, **kwargs)
                     logs, steps = self.state.log_history, self.state.global_step
                     metrics |= {f"stage_{self.stage}_{name}": value for name, value in output.metrics.items()}
                 history += logs
@@ -118,11 +138,16 @@ class MLFSTrainer(SubnetTrainer):
             self.supernet.merge_stages(0)
         self.state.log_history = history
         if args.should_save:
-            write_json(self.run_folder / "log_history.json", history)
+            if not left:
+                self._settle_run_folder(stage_folder(point.run, self.stage))
+            write_json(self.run_folder / LOGS_NAME, history)
         return TrainOutput(self._step_offset, output.training_loss, metrics)
 
     def _restore_stage(self, folder: Path) -> tuple[list[dict[str, Any]], int]:
-        """Reads a stage that is done; returns its logs and its number of steps."""
+        """Reads a stage that is done, if it is there; returns its logs and its number of steps."""
+        if not is_saved(folder):
+            logger.warning(f"{folder} is gone: later stages hold what it learned; its logs and steps do not count.")
+            return [], 0
         self.supernet.restore(folder)
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return state["log_history"], state["global_step"]
@@ -184,10 +209,18 @@ class MLFSTrainer(SubnetTrainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        # the stage counts as done from here on: mlfs.json is written last
-        self.save_model(str(folder), _internal_call=True)
-        self.save_model(self.args.output_dir, _internal_call=True)
+        # the stage counts as done from here on: mlfs.json is written last, but for the list of the files
+        for place in (folder, self.run_folder):
+            self.save_model(str(place), _internal_call=True)
+            if self.args.should_save:
+                write_list(place)
         self.accelerator.wait_for_everyone()
+
+    def _settle_run_folder(self, folder: Path) -> None:
+        """Has the run folder hold the last stage, saved in `folder`, also where a run was cut off before it did."""
+        if not same_state(folder, self.run_folder):
+            self.save_model(str(self.run_folder), _internal_call=True)
+            write_list(self.run_folder)
 
     def _order(self) -> None:
         """Ranks the units by the first training batches, and orders them so."""
@@ -232,30 +265,43 @@ class MLFSTrainer(SubnetTrainer):
             raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
         return str(stage_folder(self.run_folder, self.stage))
 
-    def _make_room(self) -> None:
-        """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
-        folders = [stage_folder(self.run_folder, stage) for stage in self.args.stages_to_train]
-        taken = [folder for folder in folders if folder.exists()]
-        if taken and not self.args.overwrite_run:
-            raise MLFSError(
-                f"{self.run_folder} holds a run already ({taken[0].name}): go on with resume_from_checkpoint=True, "
-                "choose another output_dir, or delete it with overwrite_run=True"
-            )
+    def _make_room(self, stages: list[int], point: ResumePoint, resumes: bool) -> None:
+        """Refuses, or with `overwrite_run` removes, what `stages` would replace."""
+        options = {"resumes": resumes, "overwrite": self.args.overwrite_run}
+        make_room(self.run_folder, stages, point, **options, delete=False)
         self.accelerator.wait_for_everyone()  # all have looked before one deletes
         if self.args.should_save:
-            for folder in taken:
-                shutil.rmtree(folder)
+            make_room(self.run_folder, stages, point, **options, delete=True)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, and not whole, or it would be read
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self._list_files(folder)
         except (OSError, RuntimeError, MLFSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             last = last_checkpoint(folder.parent)
             kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint of this stage exists"
             raise MLFSError(f"could not save {folder}: {error}; {kept}. Free some disk space, then resume") from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:  # older ones go once this one is whole
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._list_files(Path(checkpoint_folder))  # which goes with it
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _list_files(self, checkpoint: Path) -> None:
+        """Writes the list of a checkpoint's files, once every process has written its own."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_list(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -274,6 +320,8 @@ class MLFSTrainer(SubnetTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
+        if (wrong := what_is_wrong(path)) is not None:
+            raise MLFSError(f"checkpoint {path} is half-written or damaged: {wrong}; resume from the run folder")
         self.supernet.restore(path)
         if (path / _PROJECTIONS).exists():
             self.distance.load_state_dict(load_file(path / _PROJECTIONS))
