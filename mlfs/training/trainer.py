@@ -8,8 +8,9 @@ newest stage that is done has saved.
 import contextlib
 import itertools
 import json
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -329,14 +330,33 @@ class MLFSTrainer(SubnetTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _no_pickle(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:  # PyTorch's, where other parameters train now
             raise MLFSError(
                 f"the optimizer of {checkpoint} does not fit ({error}): resume with the options of that run "
                 f"(train_head, train_norms, rank, ...), which are in {checkpoint}/training_args.json"
             ) from error
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _no_pickle(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _no_pickle(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
         self._load_from_checkpoint(str(best))
+
+
+@contextlib.contextmanager
+def _no_pickle(checkpoint: str | None) -> Iterator[None]:
+    """Says in one line what transformers does not load: anything but tensors and plain values (weights_only)."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise MLFSError(f"{checkpoint} holds more than tensors, which is not loaded: {first}") from None
