@@ -11,8 +11,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
+from mlfs.files import move_into_place, temporary_file
 from mlfs.supernet.checkpoint import CONFIG_NAME, read_state, read_values
-from mlfs.training.file_list import LIST_NAME, what_is_wrong
+from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 
 logger = logging.get_logger("transformers.mlfs")
 DATA_NAME, RESULTS_NAME, LOGS_NAME = "data.json", "results.json", "log_history.json"
@@ -182,6 +183,21 @@ def same_state(one: Path, other: Path) -> bool:
         return read_values(one) == read_values(other) and what_is_wrong(other) is None
     except MLFSError:
         return False
+
+
+def copy_state(stage_folder: Path, run: Path) -> None:
+    """Copies what a stage ended with to the run folder; `mlfs.json` comes last, so that the run is whole all along."""
+    names = sorted(path.name for path in stage_folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    names = [name for name in names if name not in (CONFIG_NAME, LIST_NAME, TRAINER_STATE_NAME)]
+    run.mkdir(parents=True, exist_ok=True)
+    for name in (*names, CONFIG_NAME):
+        with temporary_file(run, Path(name).suffix) as temporary:
+            shutil.copyfile(stage_folder / name, temporary)
+            move_into_place(temporary, run / name)
+    for stale in run.glob("stages-????????.safetensors"):
+        if stale.name not in names:
+            stale.unlink(missing_ok=True)
+    write_list(run)
 
 
 def is_saved(stage_folder: Path) -> bool:

@@ -35,6 +35,7 @@ from mlfs.training.file_list import what_is_wrong, write_list
 from mlfs.training.runs import (
     LOGS_NAME,
     ResumePoint,
+    copy_state,
     is_saved,
     last_checkpoint,
     make_room,
@@ -139,8 +140,8 @@ class MLFSTrainer(SubnetTrainer):
             self.supernet.merge_stages(0)
         self.state.log_history = history
         if args.should_save:
-            if not left:
-                self._settle_run_folder(stage_folder(point.run, self.stage))
+            if not left and not same_state(last := stage_folder(point.run, self.stage), self.run_folder):
+                copy_state(last, self.run_folder)  # the run was cut off before it did, or began elsewhere
             write_json(self.run_folder / LOGS_NAME, history)
         return TrainOutput(self._step_offset, output.training_loss, metrics)
 
@@ -216,12 +217,6 @@ class MLFSTrainer(SubnetTrainer):
             if self.args.should_save:
                 write_list(place)
         self.accelerator.wait_for_everyone()
-
-    def _settle_run_folder(self, folder: Path) -> None:
-        """Has the run folder hold the last stage, saved in `folder`, also where a run was cut off before it did."""
-        if not same_state(folder, self.run_folder):
-            self.save_model(str(self.run_folder), _internal_call=True)
-            write_list(self.run_folder)
 
     def _order(self) -> None:
         """Ranks the units by the first training batches, and orders them so."""
