@@ -1,6 +1,7 @@
 """Where a run goes on, what it may write over, and that the run folder holds what was trained last."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
