@@ -1,7 +1,6 @@
 """`MLFSArguments`: transformers' TrainingArguments plus what the method adds."""
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from mlfs.errors import MLFSError
+from mlfs.parsing import parse_json
 from mlfs.training.execution import EXECUTIONS
 from mlfs.training.sampling import SAMPLINGS
 
@@ -129,10 +129,7 @@ class MLFSArguments(TrainingArguments):
     def _check_palette(self) -> None:
         if self.palette is None:
             return
-        try:
-            named = json.loads(self.palette)
-        except ValueError as error:
-            raise MLFSError(f"palette is not JSON ({error}): expected an object of name: subnet") from None
+        named = parse_json(self.palette, "palette", "an object of name: subnet")
         if not isinstance(named, dict) or not named:
             raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
 

@@ -1,6 +1,5 @@
 """A transformers Trainer that evaluates a palette of subnets instead of one model."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import Trainer
 
 from mlfs.errors import MLFSError
 from mlfs.models.fused.padding import reads_no_padding, without_padding
+from mlfs.parsing import parse_json
 from mlfs.report.cost import latency, size_on_disk
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
@@ -34,7 +34,9 @@ class PaletteTrainer(Trainer):
         self.supernet = supernet
         self.palette = supernet.space.palette()
         if args.palette is not None:
-            self.palette = {name: Subnet.from_dict(value) for name, value in json.loads(args.palette).items()}
+            self.palette = {
+                name: Subnet.from_dict(value) for name, value in parse_json(args.palette, "palette").items()
+            }
         for subnet in self.palette.values():
             supernet.space.check(subnet)
         self.task = task_of(supernet.model)
