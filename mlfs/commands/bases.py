@@ -95,7 +95,8 @@ def max_length(model: PreTrainedModel) -> int | None:
 
 
 def make_supernet(model: PreTrainedModel, model_args: ModelArguments, args: MLFSArguments) -> SuperTransformer:
-    """Makes the super-transformer that the arguments ask for; its base is recorded under the name the user gave.
+    """Makes the super-transformer that the arguments ask for; its base is recorded under the name the user gave, a
+    folder by its absolute path.
 
     Raises:
         MLFSError: the model's family is not in the table, or the space does not fit it.

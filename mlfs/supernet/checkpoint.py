@@ -47,6 +47,7 @@ class SavedState:
 
     Attributes:
         base_name, revision, fingerprint: where the base comes from, and the hashes of its weights.
+        hub_name: of a base in a folder, where it is known.
         architecture: the class of the model, such as "BertForMaskedLM".
         config: the model's configuration.
         space: the search space, as `SearchSpace.to_dict` gives it.
@@ -58,6 +59,7 @@ class SavedState:
     """
 
     base_name: str | None
+    hub_name: str | None
     revision: str | None
     fingerprint: Fingerprint
     architecture: str
@@ -83,7 +85,12 @@ def write_state(state: SavedState, path: Path) -> None:
     tensors = {name: p.detach().contiguous().cpu() for name, p in state.parameters.items()}
     values: dict[str, Any] = {
         "format": FORMAT,
-        "base": {"name": state.base_name, "revision": state.revision, "fingerprint": state.fingerprint},
+        "base": {
+            "name": state.base_name,
+            "hub_name": state.hub_name,
+            "revision": state.revision,
+            "fingerprint": state.fingerprint,
+        },
         "architecture": state.architecture,
         "space": state.space,
         "rank": state.rank,
@@ -132,6 +139,7 @@ def read_state(path: Path) -> SavedState:
     copied = {name: values[name] for name in ("architecture", "config", "space", "rank", "stages", "alpha", "owned")}
     return SavedState(
         base_name=base["name"],
+        hub_name=base.get("hub_name"),  # earlier versions did not record it
         revision=base["revision"],
         fingerprint=base["fingerprint"],
         trained_stages=values["trained_stages"],

@@ -26,10 +26,11 @@ from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
-from mlfs.supernet.folders import locked_folder
+from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.checks import check_numbers
 from mlfs.training.distributed import sum_scores
 from mlfs.training.file_list import what_is_wrong, write_list
 from mlfs.training.runs import (
@@ -60,7 +61,7 @@ class MLFSTrainer(SubnetTrainer):
         **kwargs: of `transformers.Trainer`, save `optimizers` and `model_init`: each stage makes its own.
 
     Raises:
-        MLFSError: options that do not fit together or the model.
+        MLFSError: options that do not fit together or the model; an output_dir that cannot be written.
     """
 
     args: MLFSArguments
@@ -76,6 +77,9 @@ class MLFSTrainer(SubnetTrainer):
         for name in ("optimizers", "model_init"):
             if kwargs.get(name) not in (None, (None, None)):
                 raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
+        check_numbers(args)
+        if args.should_save:
+            make_folder(Path(args.output_dir or "."))
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
         if not isinstance(model, SuperTransformer):
