@@ -33,10 +33,10 @@ def load_run(run: Path, model: str | None = None) -> tuple[SuperTransformer, Pre
         MLFSError: the folder holds no whole run, or its base is not found.
     """
     supernet = SuperTransformer.from_pretrained(run, model)
-    if not (run / "tokenizer_config.json").exists():
-        return supernet, load_tokenizer(str(supernet.base_name))
     wrong = what_is_wrong(run, _TOKENIZER_FILES) if (run / LIST_NAME).exists() else None
     if wrong is None:
+        if not (run / "tokenizer_config.json").exists():
+            return supernet, load_tokenizer(str(supernet.base_name))
         try:
             return supernet, load_tokenizer(str(run))
         except MLFSError as error:

@@ -128,7 +128,7 @@ def load_base(
         place = find_model(name)
     except MLFSError:
         raise MLFSError(
-            f"the base is not in {name} any more: say where it is, --model or from_pretrained(path, model=...)"
+            f"there is no base in {name}: say where it is, --model or from_pretrained(path, model=...)"
         ) from None
     if Path(place).is_dir() or options["revision"] is None:
         options.pop("revision")
