@@ -147,6 +147,13 @@ def make_room(
             _delete(path)
 
 
+def remove_leftovers(run: Path) -> None:
+    """Deletes the temporary files of processes that were cut off; for whoever holds the lock of the run folder."""
+    for pattern in (".tmp-*", "stage-*/.tmp-*", "stage-*/checkpoint-*/.tmp-*"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def _delete(path: Path) -> None:
     """Deletes a file or a folder, if it is there; a folder's lists first, without which nothing in it is taken for
     whole."""

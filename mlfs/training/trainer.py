@@ -40,6 +40,7 @@ from mlfs.training.runs import (
     is_saved,
     last_checkpoint,
     make_room,
+    remove_leftovers,
     resume_point,
     same_state,
     stage_folder,
@@ -120,6 +121,8 @@ class MLFSTrainer(SubnetTrainer):
 
     def _train_stages(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         args = self.args
+        if args.should_save:
+            remove_leftovers(self.run_folder)
         point = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
         done = stages_done(point, args.stages_to_train) if resume_from_checkpoint else []
         left = [stage for stage in args.stages_to_train if stage not in done]
