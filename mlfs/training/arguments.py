@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from mlfs.errors import MLFSError
 from mlfs.parsing import parse_json
 from mlfs.training.execution import EXECUTIONS
+from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
 
@@ -83,6 +84,7 @@ class MLFSArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning is for GPUs, and warns without one

@@ -184,6 +184,13 @@ def is_whole(checkpoint: Path) -> bool:
     return what_is_wrong(checkpoint) is None
 
 
+def was_stopped(checkpoint: Path) -> bool:
+    """Tells whether a callback, such as early stopping, had ended the stage before its last step at a checkpoint."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
 def same_state(one: Path, other: Path) -> bool:
     """Tells whether two folders hold the same saved super-transformer, both whole."""
     try:

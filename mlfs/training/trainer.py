@@ -33,6 +33,7 @@ from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
 from mlfs.training.distributed import sum_scores
 from mlfs.training.file_list import what_is_wrong, write_list
+from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.runs import (
     LOGS_NAME,
     ResumePoint,
@@ -45,6 +46,7 @@ from mlfs.training.runs import (
     same_state,
     stage_folder,
     stages_done,
+    was_stopped,
 )
 from mlfs.training.step import SubnetTrainer
 
@@ -75,9 +77,7 @@ class MLFSTrainer(SubnetTrainer):
         **kwargs: Any,
     ) -> None:
         args = MLFSArguments() if args is None else args
-        for name in ("optimizers", "model_init"):
-            if kwargs.get(name) not in (None, (None, None)):
-                raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
+        check_arguments(kwargs)
         check_numbers(args)
         if args.should_save:
             make_folder(Path(args.output_dir or "."))
@@ -91,6 +91,7 @@ class MLFSTrainer(SubnetTrainer):
             )
         super().__init__(model, args, **kwargs)
         self._step_offset = 0  # optimizer steps of the stages before
+        self._stage_is_over = False  # whether a callback ended the stage before it was cut off
 
     @property
     def run_folder(self) -> Path:
@@ -164,9 +165,18 @@ class MLFSTrainer(SubnetTrainer):
     def _train_stage(self, settings: Mapping[str, Any], begun: Path | None, **kwargs: Any) -> TrainOutput:
         """Trains and saves one stage, from the checkpoint `begun` on if there is one."""
         self._enter_stage(settings, fresh=begun is None)
+        self._stage_is_over = begun is not None and was_stopped(begun)
         output = super().train(resume_from_checkpoint=None if begun is None else str(begun), **kwargs)
         self._leave_stage()
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers takes a step before it asks whether that was the last one: a run that was cut off after the last
+        # checkpoint of a stage would take one too many
+        if self._stage_is_over or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _enter_stage(self, settings: Mapping[str, Any], fresh: bool) -> None:
         """Readies arguments, weights and random numbers for the stage.
@@ -261,11 +271,19 @@ class MLFSTrainer(SubnetTrainer):
             return {"max": self.supernet.space.max}
         return self.palette
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises MLFSError: it is not supported."""
+        raise refuse("hyperparameter_search")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises MLFSError: it is not supported."""
+        raise refuse("push_to_hub")
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         if trial is not None:
-            raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
+            raise refuse("hyperparameter_search")
         return str(stage_folder(self.run_folder, self.stage))
 
     def _make_room(self, stages: list[int], point: ResumePoint, resumes: bool) -> None:

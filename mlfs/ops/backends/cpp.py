@@ -17,6 +17,7 @@ from mlfs.ops.backends.table import Backend, Others, implements
 from mlfs.ops.layer import ACTIVATIONS, NOTHING, Dropout, Epilogue, LowRankLinear, Norm, Wanted
 
 TYPES = (torch.float32, torch.float64)
+_WHY_NOT = why_no_cpp()  # asked once, here: torch.compile would trace the question, and break its graph at the file
 
 
 @cache
@@ -31,10 +32,9 @@ def _takes(x: Tensor, others: Others) -> bool:
     # fp64 is left to PyTorch: who computes in it compares, and wants its rounding
     if x.dtype != torch.float32 or not x.is_cpu or not _are_like(x, others):
         return False
-    reason = why_no_cpp()
-    if reason is not None:
-        warn_of_plain_pytorch(reason)
-    return reason is None
+    if _WHY_NOT is not None and not torch.compiler.is_compiling():
+        warn_of_plain_pytorch(_WHY_NOT)
+    return _WHY_NOT is None
 
 
 def _why_not(x: Tensor, others: Others) -> str | None:
