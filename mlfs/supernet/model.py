@@ -377,6 +377,8 @@ class SuperTransformer(nn.Module):
             self.apply_permutation(difference(self.permutation, state.permutation))
             self.permutation = state.permutation
         self._load_parameters(state, path)
+        if (problem_type := state.config.get("problem_type")) is not None:
+            self.model.config.problem_type = problem_type  # which transformers deduces from the first labels it sees
 
     def _owned_modules(self) -> Iterator[str]:
         """Yields the names of the modules whose weights belong to the run."""

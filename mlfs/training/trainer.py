@@ -32,7 +32,7 @@ from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
 from mlfs.training.distributed import sum_scores
-from mlfs.training.file_list import what_is_wrong, write_list
+from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.runs import (
     LOGS_NAME,
@@ -159,6 +159,8 @@ class MLFSTrainer(SubnetTrainer):
             logger.warning(f"{folder} is gone: later stages hold what it learned; its logs and steps do not count.")
             return [], 0
         self.supernet.restore(folder)
+        if self.args.should_save and folder.parent == self.run_folder and not (folder / LIST_NAME).exists():
+            write_list(folder)  # the run was cut off before it did
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return state["log_history"], state["global_step"]
 

@@ -24,7 +24,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(
     COMPILER is None or not sys.platform.startswith("linux"), reason="needs Linux and a C compiler"
 )
-SOME = 24  # operations that `make test` takes
+SOME = 12  # operations that `make test` takes
 
 
 class Runs:

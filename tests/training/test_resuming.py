@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from mlfs import MLFSError, SuperTransformer
 from mlfs.supernet.checkpoint import read_values
@@ -232,3 +233,42 @@ def test_a_run_folder_in_which_another_trains_is_refused(run: Path, steps: list[
     end.set()
     thread.join()
     assert contents(run) == before and steps == [] and all("\n" not in line for line in refused)
+
+
+def test_a_stage_that_was_cut_off_at_its_end_takes_no_further_step(
+    run: Path, finished: tuple[Path, Any], steps: list[Any]
+) -> None:
+    """transformers takes a step before it asks whether there is another to take."""
+    for stage in (1, 2):
+        shutil.rmtree(run / f"stage-{stage}")
+    (run / "stage-0" / "mlfs.json").unlink()
+    trainer(run, **OPTIONS, stages_to_train=[0]).train(resume_from_checkpoint=True)
+    assert steps == []
+    assert_same(saved(finished[0] / "stage-0"), saved(run / "stage-0"))
+    assert read_values(run / "stage-0") == read_values(finished[0] / "stage-0")  # what labels told of the task too
+
+
+def test_a_stage_that_a_callback_ended_and_that_was_cut_off_then_takes_no_further_step(
+    tmp_path: Path, steps: list[Any]
+) -> None:
+    class StopsAtTwo(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == 2
+
+    options = {**OPTIONS, "stages_to_train": [0], "stage_steps": [6]}
+    trainer(tmp_path, **options, callbacks=[StopsAtTwo()]).train()
+    before = saved(tmp_path / "stage-0")
+    assert [step for _, step in steps] == [1, 2]
+    (tmp_path / "stage-0" / "mlfs.json").unlink()
+    trainer(tmp_path, **options, callbacks=[StopsAtTwo()]).train(resume_from_checkpoint=True)
+    assert [step for _, step in steps] == [1, 2]
+    assert_same(before, saved(tmp_path / "stage-0"))
+
+
+def test_a_stage_may_go_on_for_more_steps_than_it_began_with(run: Path, steps: list[Any]) -> None:
+    for stage in (1, 2):
+        shutil.rmtree(run / f"stage-{stage}")
+    (run / "stage-0" / "mlfs.json").unlink()
+    options = {**OPTIONS, "stages_to_train": [0], "stage_steps": [5]}
+    trainer(run, **options).train(resume_from_checkpoint=True)
+    assert steps == [(0, 4), (0, 5)]
