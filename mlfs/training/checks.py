@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 
 from mlfs.errors import MLFSError
 from mlfs.training.arguments import MLFSArguments
@@ -66,7 +65,5 @@ def check_setup(args: MLFSArguments) -> None:
             callback()
     if args.lr_scheduler_kwargs is not None and not isinstance(args.lr_scheduler_kwargs, dict):
         raise MLFSError(f"lr_scheduler_kwargs is {args.lr_scheduler_kwargs!r}: expected a JSON object")
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise MLFSError("use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
     with setup_errors("optim"):
         Trainer.get_optimizer_cls_and_kwargs(args)

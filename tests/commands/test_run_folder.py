@@ -333,7 +333,7 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     (["--report_to", "nothing-there"], "is not supported"), (["--deepspeed", "ds.json"], "deepspeed"),
     (["--accelerator_config", "missing.json"], "missing.json"), (["--bf16", "true", "--use_cpu", "false"], "bf16"),
     (["--optim", "adamw_bnb_8bit"], "bitsandbytes"), (["--lr_scheduler_kwargs", "no.json"], "expected a JSON object"),
-    (["--use_liger_kernel", "true"], "liger-kernel"),
+    (["--use_liger_kernel", "true"], "use_liger_kernel"),
 ])  # fmt: skip
 def test_options_are_refused_in_one_line_before_data_and_model_are_loaded(
     place: Path, run: Path, tmp_path: Path, loads_nothing: None, capsys: Any, words: list[str], message: str
@@ -347,8 +347,8 @@ def test_options_are_refused_in_one_line_before_data_and_model_are_loaded(
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--fsdp", "full_shard"], "distributed"), (["--torch_compile", "true", "--torch_compile_backend", "x"], "Backend"),
-    (["--push_to_hub", "true", "--hub_model_id", "a/b"], "offline"),
+    (["--fsdp", "full_shard"], "fsdp"), (["--torch_compile", "true", "--torch_compile_backend", "x"], "Backend"),
+    (["--push_to_hub", "true", "--hub_model_id", "a/b"], "push_to_hub"),
     (["--metric_for_best_model", "x", "--load_best_model_at_end", "true", "--eval_strategy", "steps",
       "--eval_steps", "2"], "eval_x"),
 ])  # fmt: skip
