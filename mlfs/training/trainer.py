@@ -316,10 +316,6 @@ class MLFSTrainer(SubnetTrainer):
         if self.args.should_save:  # older ones go once this one is whole
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._list_files(Path(checkpoint_folder))  # which goes with it
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def _list_files(self, checkpoint: Path) -> None:
         """Writes the list of a checkpoint's files, once every process has written its own."""
         self.accelerator.wait_for_everyone()
