@@ -231,10 +231,10 @@ class MLFSTrainer(SubnetTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         # the stage counts as done from here on: mlfs.json is written last, but for the list of the files
-        for place in (folder, self.run_folder):
-            self.save_model(str(place), _internal_call=True)
-            if self.args.should_save:
-                write_list(place)
+        self.save_model(str(folder), _internal_call=True)
+        if self.args.should_save:
+            write_list(folder)
+            copy_state(folder, self.run_folder)  # file by file under other names, so that it is whole all along
         self.accelerator.wait_for_everyone()
 
     def _order(self) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mlfs.supernet.checkpoint import read_values
+from mlfs.supernet.checkpoint import read_state, read_values
+from mlfs.training.file_list import what_is_wrong
 from tests.helpers.small_base import train_words, write_base, write_data
 
 HERE = Path(__file__).parent
@@ -24,6 +26,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(
     COMPILER is None or not sys.platform.startswith("linux"), reason="needs Linux and a C compiler"
 )
+NO_LIST = "it has no files.json, which is written last"
 SOME = 12  # operations that `make test` takes
 
 
@@ -45,12 +48,14 @@ class Runs:
         self.count = self("train")["count"]  # operations of a run that is left alone
         self.expected = described(self.run)
 
-    def __call__(self, verb: str, stop: int = 0, words: list[str] | None = None) -> dict[str, Any]:
-        """Runs a command up to operation `stop`; returns its status and how many operations there were."""
+    def __call__(
+        self, verb: str, stop: int = 0, words: list[str] | None = None, folder: Path | None = None
+    ) -> dict[str, Any]:
+        """Runs a command up to operation `stop` below `folder`; returns its status and how many operations there were."""
         if verb == "train":
             shutil.rmtree(self.run, ignore_errors=True)
         given = [*self.words, *(["--resume_from_checkpoint", "true"] if verb == "resume" else [])]
-        asked = {"words": words or given, "stop": stop, "folder": str(self.run), "output": str(self.output)}
+        asked = {"words": words or given, "stop": stop, "folder": str(folder or self.run), "output": str(self.output)}
         assert self.server.stdin is not None and self.server.stdout is not None
         print(json.dumps(asked), file=self.server.stdin, flush=True)
         return json.loads(self.server.stdout.readline())
@@ -58,6 +63,9 @@ class Runs:
     def check(self, stop: int) -> None:
         """Fails unless a run that ended at operation `stop` can be resumed, and is then as one that was left alone."""
         before = saved_stage(self.run)
+        if before is not None:  # what is there can be evaluated and exported
+            read_state(self.run)
+            assert what_is_wrong(self.run, ("*token*.json",)) in (None, NO_LIST)
         answer = self("resume")
         assert answer["status"] == 0, f"operation {stop}: {self.output.read_text()[-2000:]}"
         found = described(self.run)
@@ -141,3 +149,26 @@ def test_a_run_killed_again_while_it_resumes_still_ends_the_same(runs: Runs) -> 
             answer = runs("resume", again)
             assert answer["status"] in (-9, 0)
         runs.check(first)
+
+
+@pytest.mark.soak
+def test_an_export_killed_at_any_of_its_file_operations_leaves_the_one_before_or_the_new_one(runs: Runs) -> None:
+    """Between two renames the one before is beside its place, under a temporary name."""
+    runs("train")
+    place = runs.run.parent / "exports"
+    old, new = (["export", str(runs.run), "--output_dir", str(place / "small"), "--subnet", name, "--overwrite"]
+                for name in ("min", "max"))  # fmt: skip
+    assert runs("export", 0, old, place)["status"] == 0
+    total, widths, aside = runs("export", 0, new, place)["count"], set(), 0
+    for stop in range(1, total + 1):
+        shutil.rmtree(place)
+        assert runs("export", 0, old, place)["status"] == 0
+        assert runs("export", stop, new, place)["status"] == -9
+        found = place / "small"
+        if not found.exists():
+            (found,) = place.glob(".tmp-*/replaced")
+            aside += 1
+        widths.add(AutoModelForSequenceClassification.from_pretrained(found).config.hidden_size)
+        AutoTokenizer.from_pretrained(found)
+        assert runs("export", 0, new, place)["status"] == 0
+    assert widths == {8, 16} and aside <= 1
