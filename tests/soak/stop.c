@@ -2,7 +2,8 @@
  *
  * Preloaded into a process, it takes the place of the C library's functions. `mlfs_stop_at(n, folder)` begins to count;
  * at operation n (from 1) the process gets SIGKILL: before the operation, or, if it writes more than one byte, after half
- * of it. n = 0 only counts. The count is in memory that a forked child shares with its parent.
+ * of it. n = 0 only counts. fsync is not counted: it changes nothing that a later process sees. The count is in memory
+ * that a forked child shares with its parent.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -93,8 +94,6 @@ PATH_OPERATION(chmod, (const char *path, mode_t mode), (path, mode), path_below(
 PATH_OPERATION(fchmod, (int fd, mode_t mode), (fd, mode), fd_below(fd))
 PATH_OPERATION(ftruncate, (int fd, off_t length), (fd, length), fd_below(fd))
 PATH_OPERATION(ftruncate64, (int fd, off64_t length), (fd, length), fd_below(fd))
-PATH_OPERATION(fsync, (int fd), (fd), fd_below(fd))
-PATH_OPERATION(fdatasync, (int fd), (fd), fd_below(fd))
 
 #define CHANGES(flags) ((flags) & (O_CREAT | O_TRUNC | O_WRONLY | O_RDWR))
 #define OPENS(name)                                            \
