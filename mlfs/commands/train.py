@@ -70,11 +70,11 @@ def train(model_args: ModelArguments, data: DataArguments, args: MLFSArguments) 
         done = stages_done(point, args.stages_to_train) if resume else []
         left = [stage for stage in args.stages_to_train if stage not in done]
         make_room(run, left, point, resumes=bool(resume), overwrite=args.overwrite_run, delete=False)
-        return _train(model_args, data, args, resume)
+        return _train(model_args, data, args, resume, point.run)
 
 
 def _train(
-    model_args: ModelArguments, data: DataArguments, args: MLFSArguments, resume: str | bool
+    model_args: ModelArguments, data: DataArguments, args: MLFSArguments, resume: str | bool, began: Path
 ) -> list[dict[str, Any]]:
     raw = load_raw(data)
     if raw.train is None:
@@ -87,7 +87,7 @@ def _train(
     model = load_model(model_args.model, raw, tokenizer, **options)
     supernet = make_supernet(model, model_args, args)
     if resume:
-        _check_labels(Path(args.output_dir or "."), raw)
+        _check_labels(began, raw)
     trainer = make_trainer(supernet, raw, tokenizer, data, args)
     try:
         trainer.train(resume_from_checkpoint=resume)

@@ -32,6 +32,8 @@ def write_checkpoint(
             run, or cannot be written.
     """
     check_place(output_dir)
+    if output_dir.is_dir() and (inner := run_within(output_dir)) is not None:
+        raise MLFSError(f"{output_dir} contains the run {inner}, which is never replaced: give another folder")
     if not supernet.is_exportable(subnet):
         raise MLFSError(supernet.why_not_exportable(subnet))
     small = supernet.extract(subnet)
@@ -51,18 +53,15 @@ def write_checkpoint(
 
 
 def check_place(output_dir: Path) -> None:
-    """Raises MLFSError if writing to `output_dir` could replace a run, or a file."""
+    """Raises MLFSError if `output_dir` is a file, or is or lies in a run."""
     try:
         if output_dir.exists() and not output_dir.is_dir():
             raise MLFSError(f"{output_dir} is a file: give a folder")
         run = run_around(output_dir)
-        inner = run_within(output_dir)
     except OSError as error:  # such as a name that is too long
         raise MLFSError(f"{shortened(output_dir)} cannot be written: {error.strerror}; give another folder") from None
     if run is not None:
         raise MLFSError(f"{output_dir} is or lies in the run {run}, which is never replaced: give a folder outside it")
-    if inner is not None:
-        raise MLFSError(f"{output_dir} contains the run {inner}, which is never replaced: give another folder")
 
 
 def why_no_export(folder: Path) -> str | None:

@@ -140,10 +140,10 @@ def make_room(
             "choose another output_dir, or delete it with overwrite_run=True"
         )
     if delete:
-        names = [RESULTS_NAME]  # it describes what is no longer so
-        if replaced:
-            names += [LIST_NAME, CONFIG_NAME, DATA_NAME, LOGS_NAME]
-        for path in (*(run / name for name in names), *replaced):
+        # what makes a run of the folder goes first, what tells whose run it was last
+        first = [LIST_NAME, CONFIG_NAME] if replaced else []
+        last = [LOGS_NAME, DATA_NAME] if replaced else []
+        for path in (*(run / name for name in (*first, RESULTS_NAME)), *replaced, *(run / name for name in last)):
             _delete(path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from mlfs import MLFSError
 from mlfs.cli import main
 from mlfs.files import checksum
 from mlfs.models import pretrained
@@ -94,6 +95,20 @@ def test_a_target_that_is_contains_or_lies_in_a_run_is_refused(
     shutil.copytree(run / "stage-0" / "checkpoint-2", tmp_path / "unsaved" / "stage-0" / "checkpoint-2")
     before = contents(tmp_path)
     refused(["export", str(run), "--output_dir", target, *overwrite], "give", capsys)
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_a_run_is_not_replaced_by_code_either(run: Path, tmp_path: Path) -> None:
+    from mlfs.commands.run_folder import load_run
+    from mlfs.deploy.hf import write_checkpoint
+
+    supernet, tokenizer = load_run(run)
+    (tmp_path / "above").mkdir()
+    shutil.move(run, tmp_path / "above" / "run")
+    before = contents(tmp_path)
+    for folder in ("above", "above/run", "above/run/stage-0", "above/run/new"):
+        with pytest.raises(MLFSError, match="never replaced"):
+            write_checkpoint(supernet, supernet.space.min, tokenizer, tmp_path / folder)
     assert contents(tmp_path) == before
 
 
