@@ -51,7 +51,7 @@ class Runs:
     def __call__(
         self, verb: str, stop: int = 0, words: list[str] | None = None, folder: Path | None = None
     ) -> dict[str, Any]:
-        """Runs a command up to operation `stop` below `folder`; returns its status and how many operations there were."""
+        """Runs a command up to operation `stop` below `folder`; returns its status and the number of operations."""
         if verb == "train":
             shutil.rmtree(self.run, ignore_errors=True)
         given = [*self.words, *(["--resume_from_checkpoint", "true"] if verb == "resume" else [])]
