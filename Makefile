@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench bench-cpu bench-gpu bench-quality bench-static bench-traffic sanitize clean
+.PHONY: help env demo test soak lint bench bench-cpu bench-gpu bench-quality bench-static bench-traffic sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,9 @@ demo: $(STAMP) ## train a small palette of models and take one out
 
 test: $(STAMP) ## run the tests, docstring examples included
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+soak: $(STAMP) ## run the tests that take many minutes: a run killed at each operation on its files
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

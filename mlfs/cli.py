@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MLFSError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of the system, not of mlfs: a full disk, a name that is too long
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             f"\n{name}: interrupted; `--resume_from_checkpoint true` goes on from the last checkpoint",
@@ -88,6 +91,7 @@ def _eval(words: list[str]) -> None:
     parser.add_argument(
         "--subnet", default="max", help="max, min, a name from the run's palette, or JSON (default: max)"
     )
+    _add_model(parser)
     parser.add_argument("--validation_file", help="validation data (default: the run's)")
     parser.add_argument("--dataset_name", help="or a data set of the Hub")
     parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
@@ -106,7 +110,7 @@ def _eval(words: list[str]) -> None:
              "max_eval_samples")  # fmt: skip
     options = {name: value for name in names if (value := getattr(given, name)) is not None}
     data = DataArguments(**options) if options else None
-    print(json.dumps(evaluate(given.run, given.subnet, data, given.batch_size)))
+    print(json.dumps(evaluate(given.run, given.subnet, data, given.batch_size, given.model)))
 
 
 def _export(words: list[str]) -> None:
@@ -118,13 +122,18 @@ def _export(words: list[str]) -> None:
     parser.add_argument(
         "--subnet", default="max", help="max, min, a name from the run's palette, or JSON (default: max)"
     )
+    _add_model(parser)
     parser.add_argument("--format", choices=["hf"], default="hf", help="hf: a transformers checkpoint (default)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: new or empty, outside of runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
     given = parser.parse_args(words)
     from mlfs.commands.export import export
 
-    print(export(given.run, given.subnet, given.output_dir, given.overwrite))
+    print(export(given.run, given.subnet, given.output_dir, given.overwrite, given.model))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="the base, a Hub name or a folder (default: where it was in training)")
 
 
 def _demo(words: list[str]) -> None:

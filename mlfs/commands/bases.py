@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
-from mlfs.models.pretrained import SHORT_NAMES, find_model
+from mlfs.models.pretrained import SHORT_NAMES, place_of
 from mlfs.parsing import parse_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.model import SuperTransformer
@@ -56,7 +56,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         MLFSError: there is no such model.
     """
     with _readable("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name), **options)
+        tokenizer = AutoTokenizer.from_pretrained(place_of(name), **options)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -78,7 +78,7 @@ def load_model(name: str, raw: RawData, tokenizer: PreTrainedTokenizerBase, **op
     try:
         with _readable("model", name):
             auto: Any = AutoModelForCausalLM if raw.task == "causal-lm" else AutoModelForSequenceClassification
-            model = auto.from_pretrained(find_model(name), **_head_options(raw), **options)
+            model = auto.from_pretrained(place_of(name), **_head_options(raw), **options)
     finally:
         logging.set_verbosity(verbosity)
     if getattr(model.config, "pad_token_id", None) is None:
@@ -95,7 +95,8 @@ def max_length(model: PreTrainedModel) -> int | None:
 
 
 def make_supernet(model: PreTrainedModel, model_args: ModelArguments, args: MLFSArguments) -> SuperTransformer:
-    """Makes the super-transformer that the arguments ask for; its base is recorded under the name the user gave.
+    """Makes the super-transformer that the arguments ask for; its base is recorded under the name the user gave, a
+    folder by its absolute path.
 
     Raises:
         MLFSError: the model's family is not in the table, or the space does not fit it.

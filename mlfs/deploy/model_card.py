@@ -1,7 +1,10 @@
 """Writes the README.md of an exported checkpoint."""
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
+from mlfs.models.pretrained import is_path
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 
@@ -11,7 +14,9 @@ def model_card(supernet: SuperTransformer, subnet: Subnet, small: PreTrainedMode
     count = sum(p.numel() for p in small.parameters())
     full = supernet.count_parameters(supernet.space.max)
     auto = "AutoModelForCausalLM" if small.can_generate() else "AutoModelForSequenceClassification"
-    base = supernet.base_name or "an unnamed model"
+    # a folder is the reader's business only by its name
+    base = supernet.hub_name or supernet.base_name or "an unnamed model"
+    base = Path(base).name if is_path(base) else base
     return f"""---
 library_name: transformers
 base_model: {base}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
+from mlfs.files import shortened
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,8 +51,64 @@ def find_model(name: str) -> str:
     return name
 
 
+def place_of(name: str) -> str:
+    """Finds what `from_pretrained` takes, as `find_model` does; what names a folder is never asked of the Hub.
+
+    Raises:
+        MLFSError: `name` is that of a folder that is not there; and as `find_model`.
+    """
+    if name in SHORT_NAMES or not is_path(name):
+        return find_model(name)
+    place = Path(name).expanduser()
+    if not place.is_dir():
+        raise MLFSError(f"there is no folder {shortened(name)}")
+    return str(place)
+
+
+def is_path(name: str) -> bool:
+    """Tells whether a model's name is that of a folder: one that is there, or none that a Hub name could be.
+
+    >>> [is_path(name) for name in ("bert-base-uncased", "google/bert", "./bert", "a/b/c", "/models/bert")]
+    [False, False, True, True, True]
+    """
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None or Path(name).is_dir()
+
+
+def recorded_name(name: str | None) -> str | None:
+    """Returns what finds a model again from any folder: a folder's absolute path, or the Hub name as it is.
+
+    >>> recorded_name("bert-base-uncased")
+    'bert-base-uncased'
+    """
+    if not name or name in SHORT_NAMES or not is_path(name):
+        return SHORT_NAMES.get(name or "", name)
+    return str(Path(name).expanduser().absolute())
+
+
+def hub_name(folder: str | None) -> str | None:
+    """Returns the Hub name of a model in a folder, where the folder tells: the Hub's own cache, or its configuration.
+
+    >>> hub_name("/home/a/.cache/huggingface/hub/models--google--bert/snapshots/0123abcd")
+    'google/bert'
+    """
+    if not folder or not is_path(folder):
+        return None
+    if found := re.search(r"[/\\]models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]", folder):
+        return "/".join(part for part in found.groups() if part)
+    try:
+        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and name and not is_path(name) else None
+
+
 def load_base(
-    name: str | None, revision: str | None, architecture: str, config: dict[str, Any], options: dict[str, Any]
+    name: str | None,
+    revision: str | None,
+    architecture: str,
+    config: dict[str, Any],
+    options: dict[str, Any],
+    hub: str | None = None,
 ) -> PreTrainedModel:
     """Loads the base of a saved super-transformer from where it came.
 
@@ -57,30 +116,35 @@ def load_base(
         name: a Hub name or a folder. revision: of the Hub's repository.
         architecture: a model class of transformers. config: the fields of its configuration.
         options: more keyword arguments of `from_pretrained`.
+        hub: the Hub name, where `name` is a folder that may be gone.
 
     Raises:
         MLFSError: there is no such model, or no name to find it by.
     """
+    way_out = "pass it, from_pretrained(path, model=...), or say where it is, --model"
     if not name:
-        raise MLFSError("the run does not say where its base came from: pass it, from_pretrained(path, model=...)")
+        raise MLFSError(f"the run does not say where its base came from: {way_out}")
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise MLFSError(f"transformers has no model class {architecture!r}")
     values = dict(config)
     made = AutoConfig.for_model(values.pop("model_type"), **values)
     options = {"revision": revision, "dtype": made.dtype} | options
-    place = find_model(name)
+    if hub is not None and is_path(name) and not Path(name).is_dir():
+        name = hub  # the folder is gone; the fingerprint tells whether this is the same model
+    try:
+        place = place_of(name)
+    except MLFSError as error:
+        raise MLFSError(f"the base {name!r} cannot be loaded ({error}): {way_out}") from None
     if Path(place).is_dir() or options["revision"] is None:
         options.pop("revision")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is no news: the run brings it
     try:
         return model_class.from_pretrained(place, config=made, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise MLFSError(
-            f"the base {name!r} cannot be loaded ({first}): pass it, from_pretrained(path, model=...)"
-        ) from None
+        raise MLFSError(f"the base {name!r} cannot be loaded ({first}): {way_out}") from None
     finally:
         logging.set_verbosity(verbosity)
 

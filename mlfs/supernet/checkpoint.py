@@ -6,7 +6,6 @@ one step, then removes the old tensors: whenever it is cut off, the folder holds
 Format 2 keeps the permutation as int32 tensors; format 1, which had it in the JSON, is still read.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.files import hash_file, move_into_place, temporary_file, write_json
+from mlfs.files import checksum, hash_file, move_into_place, temporary_file, write_json
 from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
@@ -48,6 +47,7 @@ class SavedState:
 
     Attributes:
         base_name, revision, fingerprint: where the base comes from, and the hashes of its weights.
+        hub_name: of a base in a folder, where it is known.
         architecture: the class of the model, such as "BertForMaskedLM".
         config: the model's configuration.
         space: the search space, as `SearchSpace.to_dict` gives it.
@@ -59,6 +59,7 @@ class SavedState:
     """
 
     base_name: str | None
+    hub_name: str | None
     revision: str | None
     fingerprint: Fingerprint
     architecture: str
@@ -84,7 +85,12 @@ def write_state(state: SavedState, path: Path) -> None:
     tensors = {name: p.detach().contiguous().cpu() for name, p in state.parameters.items()}
     values: dict[str, Any] = {
         "format": FORMAT,
-        "base": {"name": state.base_name, "revision": state.revision, "fingerprint": state.fingerprint},
+        "base": {
+            "name": state.base_name,
+            "hub_name": state.hub_name,
+            "revision": state.revision,
+            "fingerprint": state.fingerprint,
+        },
         "architecture": state.architecture,
         "space": state.space,
         "rank": state.rank,
@@ -102,7 +108,7 @@ def write_state(state: SavedState, path: Path) -> None:
             name = f"stages-{digest[:8]}.safetensors"
             move_into_place(temporary, path / name)
         values["tensors"] = {"file": name, "sha256": digest}
-        values["checksum"] = _checksum(values)
+        values["checksum"] = checksum(values)
         write_json(path / CONFIG_NAME, values)
     except (OSError, SafetensorError) as error:
         raise MLFSError(
@@ -133,6 +139,7 @@ def read_state(path: Path) -> SavedState:
     copied = {name: values[name] for name in ("architecture", "config", "space", "rank", "stages", "alpha", "owned")}
     return SavedState(
         base_name=base["name"],
+        hub_name=base.get("hub_name"),  # earlier versions did not record it
         revision=base["revision"],
         fingerprint=base["fingerprint"],
         trained_stages=values["trained_stages"],
@@ -166,7 +173,7 @@ def read_values(path: Path) -> dict[str, Any]:
         raise MLFSError(f"{path} has format {form}, this version reads 1 to {FORMAT}: use the version that wrote it")
     if missing := needed - set(values):
         raise MLFSError(f"{path / CONFIG_NAME} lacks {sorted(missing)}: it is damaged; restore it or train anew")
-    if values.pop("checksum") != _checksum(values):
+    if values.pop("checksum") != checksum(values):
         raise MLFSError(f"{path / CONFIG_NAME} is not what was saved: it is damaged or was changed by hand; restore it")
     if form == 1:
         values["trained_stages"] = values.pop("live_stages")
@@ -227,9 +234,3 @@ def _permutation_of_json(value: Mapping[str, Any]) -> Permutation:
         else:
             found[axis, None] = list(orders)
     return found
-
-
-def _checksum(values: Mapping[str, Any]) -> str:
-    """Hashes what the JSON file says, however it is laid out: SHA-256, in hex digits."""
-    plain = json.loads(json.dumps(values))  # whose keys are all strings
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlfs.errors import MLFSError
 from mlfs.models.configuration import dimensions, is_exportable, nearest_exportable, why_not_exportable
 from mlfs.models.convert import AdapterOptions, make_elastic
 from mlfs.models.families.table import family_of
-from mlfs.models.pretrained import load_base
+from mlfs.models.pretrained import hub_name, load_base, recorded_name
 from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
@@ -72,7 +73,8 @@ class SuperTransformer(nn.Module):
         self.space = self.dimensions.default_space() if space is None else space
         self.dimensions.check(self.space)
         self.rank, self.stages, self.alpha = rank, stages, alpha
-        self.base_name = model.name_or_path if base_name is None else base_name
+        self.base_name = recorded_name(model.name_or_path if base_name is None else base_name)
+        self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
         self.stage: int | None = 0 if stages and rank else None
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
@@ -302,6 +304,7 @@ class SuperTransformer(nn.Module):
         config = self.model.config
         state = SavedState(
             base_name=self.base_name,
+            hub_name=self.hub_name,
             revision=getattr(config, "_commit_hash", None),
             fingerprint=self.fingerprint(),
             architecture=type(self.model).__name__,
@@ -319,20 +322,24 @@ class SuperTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, model: PreTrainedModel | None = None, **model_kwargs: Any
+        cls, path: str | Path, model: PreTrainedModel | str | None = None, **model_kwargs: Any
     ) -> "SuperTransformer":
         """Restores what `save_pretrained` wrote, exactly.
 
         Args:
             path: the folder.
-            model: the base, if it is at hand; else it is loaded from where it came, with `model_kwargs`.
+            model: the base, if it is at hand, or where it is (a Hub name or a folder); else it is loaded from where it
+                came. `model_kwargs` are for loading it.
 
         Raises:
             MLFSError: the folder is missing, half-written or changed, or the base is not the one it was trained on.
         """
         state = read_state(Path(path))
-        if model is None:
-            model = load_base(state.base_name, state.revision, state.architecture, state.config, model_kwargs)
+        if isinstance(model, str):
+            state = replace(state, base_name=recorded_name(model), hub_name=None, revision=None)
+        if model is None or isinstance(model, str):
+            where = (state.base_name, state.revision)
+            model = load_base(*where, state.architecture, state.config, model_kwargs, state.hub_name)
         # before the conversion: a base that is refused stays as it was
         given = type(model).__name__
         if given != state.architecture:
@@ -347,6 +354,7 @@ class SuperTransformer(nn.Module):
         check_base(found, state.fingerprint, model.dtype, state.base_name, path)
         space = SearchSpace.from_dict(state.space)
         supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
+        supernet.hub_name = supernet.hub_name or state.hub_name
         supernet._fingerprint = found
         if state.permutation:
             supernet.apply_permutation(state.permutation)
@@ -369,6 +377,8 @@ class SuperTransformer(nn.Module):
             self.apply_permutation(difference(self.permutation, state.permutation))
             self.permutation = state.permutation
         self._load_parameters(state, path)
+        if (problem_type := state.config.get("problem_type")) is not None:
+            self.model.config.problem_type = problem_type  # which transformers deduces from the first labels it sees
 
     def _owned_modules(self) -> Iterator[str]:
         """Yields the names of the modules whose weights belong to the run."""

@@ -5,10 +5,12 @@ checkpoints while the stage trains, the saved super-transformer once it is done.
 newest stage that is done has saved.
 """
 
+import contextlib
 import itertools
 import json
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,35 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
+from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.checks import check_numbers
 from mlfs.training.distributed import sum_scores
+from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 from mlfs.training.refused import check_arguments, refuse
-from mlfs.training.runs import is_saved, last_checkpoint, resume_point, stage_folder
+from mlfs.training.runs import (
+    LOGS_NAME,
+    ResumePoint,
+    copy_state,
+    is_saved,
+    last_checkpoint,
+    make_room,
+    remove_leftovers,
+    resume_point,
+    same_state,
+    stage_folder,
+    stages_done,
+    was_stopped,
+)
 from mlfs.training.step import SubnetTrainer
 
 logger = logging.get_logger("transformers.mlfs")
@@ -46,7 +64,7 @@ class MLFSTrainer(SubnetTrainer):
         **kwargs: of `transformers.Trainer`, save `optimizers` and `model_init`: each stage makes its own.
 
     Raises:
-        MLFSError: options that do not fit together or the model.
+        MLFSError: options that do not fit together or the model; an output_dir that cannot be written.
     """
 
     args: MLFSArguments
@@ -60,6 +78,9 @@ class MLFSTrainer(SubnetTrainer):
     ) -> None:
         args = MLFSArguments() if args is None else args
         check_arguments(kwargs)
+        check_numbers(args)
+        if args.should_save:
+            make_folder(Path(args.output_dir or "."))
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
         if not isinstance(model, SuperTransformer):
@@ -70,6 +91,7 @@ class MLFSTrainer(SubnetTrainer):
             )
         super().__init__(model, args, **kwargs)
         self._step_offset = 0  # optimizer steps of the stages before
+        self._stage_is_over = False  # whether a callback ended the stage before it was cut off
 
     @property
     def run_folder(self) -> Path:
@@ -91,22 +113,31 @@ class MLFSTrainer(SubnetTrainer):
         Raises:
             MLFSError: another run in `output_dir`; nothing whole to resume from; a loss that is not finite.
         """
+        with self._alone():
+            return self._train_stages(resume_from_checkpoint, **kwargs)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other runs out of the run folder; of several processes of one run the one that saves does."""
+        return locked_folder(self.run_folder) if self.args.should_save else contextlib.nullcontext()
+
+    def _train_stages(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         args = self.args
-        run, checkpoint = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
-        if not resume_from_checkpoint:
-            self._make_room()
+        if args.should_save:
+            remove_leftovers(self.run_folder)
+        point = resume_point(self.run_folder, args.stages_to_train, resume_from_checkpoint)
+        done = stages_done(point, args.stages_to_train) if resume_from_checkpoint else []
+        left = [stage for stage in args.stages_to_train if stage not in done]
+        self._make_room(left, point, resumes=bool(resume_from_checkpoint))
         settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         output, self._step_offset = TrainOutput(0, 0.0, {}), 0
         try:
             for self.stage in args.stages_to_train:
-                folder = stage_folder(run, self.stage)
-                begun = checkpoint if checkpoint is not None and checkpoint.parent == folder else None
-                if resume_from_checkpoint and begun is None and is_saved(folder):
-                    logs, steps = self._restore_stage(folder)
+                if self.stage in done:
+                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage))
                 else:
-                    output = self._train_stage(settings, begun, **kwargs)
+                    output = self._train_stage(settings, point.checkpoint if self.stage == left[0] else None, **kwargs)
                     logs, steps = self.state.log_history, self.state.global_step
                     metrics |= {f"stage_{self.stage}_{name}": value for name, value in output.metrics.items()}
                 history += logs
@@ -117,21 +148,37 @@ class MLFSTrainer(SubnetTrainer):
             self.supernet.merge_stages(0)
         self.state.log_history = history
         if args.should_save:
-            write_json(self.run_folder / "log_history.json", history)
+            if not left and not same_state(last := stage_folder(point.run, self.stage), self.run_folder):
+                copy_state(last, self.run_folder)  # the run was cut off before it did, or began elsewhere
+            write_json(self.run_folder / LOGS_NAME, history)
         return TrainOutput(self._step_offset, output.training_loss, metrics)
 
     def _restore_stage(self, folder: Path) -> tuple[list[dict[str, Any]], int]:
-        """Reads a stage that is done; returns its logs and its number of steps."""
+        """Reads a stage that is done, if it is there; returns its logs and its number of steps."""
+        if not is_saved(folder):
+            logger.warning(f"{folder} is gone: later stages hold what it learned; its logs and steps do not count.")
+            return [], 0
         self.supernet.restore(folder)
+        if self.args.should_save and folder.parent == self.run_folder and not (folder / LIST_NAME).exists():
+            write_list(folder)  # the run was cut off before it did
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return state["log_history"], state["global_step"]
 
     def _train_stage(self, settings: Mapping[str, Any], begun: Path | None, **kwargs: Any) -> TrainOutput:
         """Trains and saves one stage, from the checkpoint `begun` on if there is one."""
         self._enter_stage(settings, fresh=begun is None)
+        self._stage_is_over = begun is not None and was_stopped(begun)
         output = super().train(resume_from_checkpoint=None if begun is None else str(begun), **kwargs)
         self._leave_stage()
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers takes a step before it asks whether that was the last one: a run that was cut off after the last
+        # checkpoint of a stage would take one too many
+        if self._stage_is_over or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _enter_stage(self, settings: Mapping[str, Any], fresh: bool) -> None:
         """Readies arguments, weights and random numbers for the stage.
@@ -183,9 +230,11 @@ class MLFSTrainer(SubnetTrainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        # the stage counts as done from here on: mlfs.json is written last
+        # the stage counts as done from here on: mlfs.json is written last, but for the list of the files
         self.save_model(str(folder), _internal_call=True)
-        self.save_model(self.args.output_dir, _internal_call=True)
+        if self.args.should_save:
+            write_list(folder)
+            copy_state(folder, self.run_folder)  # file by file under other names, so that it is whole all along
         self.accelerator.wait_for_everyone()
 
     def _order(self) -> None:
@@ -239,30 +288,39 @@ class MLFSTrainer(SubnetTrainer):
             raise refuse("hyperparameter_search")
         return str(stage_folder(self.run_folder, self.stage))
 
-    def _make_room(self) -> None:
-        """Refuses, or with `overwrite_run` removes, an earlier run of the stages to train."""
-        folders = [stage_folder(self.run_folder, stage) for stage in self.args.stages_to_train]
-        taken = [folder for folder in folders if folder.exists()]
-        if taken and not self.args.overwrite_run:
-            raise MLFSError(
-                f"{self.run_folder} holds a run already ({taken[0].name}): go on with resume_from_checkpoint=True, "
-                "choose another output_dir, or delete it with overwrite_run=True"
-            )
+    def _make_room(self, stages: list[int], point: ResumePoint, resumes: bool) -> None:
+        """Refuses, or with `overwrite_run` removes, what `stages` would replace."""
+        options = {"resumes": resumes, "overwrite": self.args.overwrite_run}
+        make_room(self.run_folder, stages, point, **options, delete=False)
         self.accelerator.wait_for_everyone()  # all have looked before one deletes
         if self.args.should_save:
-            for folder in taken:
-                shutil.rmtree(folder)
+            make_room(self.run_folder, stages, point, **options, delete=True)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, and not whole, or it would be read
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self._list_files(folder)
         except (OSError, RuntimeError, MLFSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             last = last_checkpoint(folder.parent)
             kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint of this stage exists"
             raise MLFSError(f"could not save {folder}: {error}; {kept}. Free some disk space, then resume") from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:  # older ones go once this one is whole
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _list_files(self, checkpoint: Path) -> None:
+        """Writes the list of a checkpoint's files, once every process has written its own."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_list(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -281,6 +339,8 @@ class MLFSTrainer(SubnetTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
+        if (wrong := what_is_wrong(path)) is not None:
+            raise MLFSError(f"checkpoint {path} is half-written or damaged: {wrong}; resume from the run folder")
         self.supernet.restore(path)
         if (path / _PROJECTIONS).exists():
             self.distance.load_state_dict(load_file(path / _PROJECTIONS))
@@ -288,14 +348,33 @@ class MLFSTrainer(SubnetTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _no_pickle(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:  # PyTorch's, where other parameters train now
             raise MLFSError(
                 f"the optimizer of {checkpoint} does not fit ({error}): resume with the options of that run "
                 f"(train_head, train_norms, rank, ...), which are in {checkpoint}/training_args.json"
             ) from error
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _no_pickle(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _no_pickle(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
         self._load_from_checkpoint(str(best))
+
+
+@contextlib.contextmanager
+def _no_pickle(checkpoint: str | None) -> Iterator[None]:
+    """Says in one line what transformers does not load: anything but tensors and plain values (weights_only)."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise MLFSError(f"{checkpoint} holds more than tensors, which is not loaded: {first}") from None
