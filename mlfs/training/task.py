@@ -25,11 +25,11 @@ class Task:
         return labels
 
     def targets_in(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Returns the label of each output of a batch; None where it has no labels."""
-        if inputs.get("shift_labels") is not None:
-            return inputs["shift_labels"]  # type: ignore[no-any-return]
+        """Returns the label of each output of a batch; None where it has no labels, or none that are a tensor."""
+        if isinstance(shifted := inputs.get("shift_labels"), Tensor):
+            return shifted
         labels = inputs.get("labels")
-        return None if labels is None else self.targets(labels)
+        return self.targets(labels) if isinstance(labels, Tensor) else None
 
     def unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Tells whether no label of a batch counts, as a bool scalar; None where every label counts."""
@@ -94,7 +94,7 @@ class Classification(Task):
         """
         labels, attention = inputs.get("labels"), inputs.get("attention_mask")
         shape = logits.shape[:-1]
-        if labels is not None and labels.shape == shape:
+        if isinstance(labels, Tensor) and labels.shape == shape:
             return labels.ne(IGNORED)
         if attention is not None and attention.shape == shape:
             return attention.bool()

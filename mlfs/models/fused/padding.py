@@ -36,7 +36,7 @@ def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
     """Tells whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which
     heads take from the first token, or are ignored where there is padding."""
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if labels is None or not gains_without_padding(labels):
+    if not isinstance(labels, Tensor) or not gains_without_padding(labels):
         return False
     if mask is None or labels.shape != mask.shape:
         return True
