@@ -226,7 +226,7 @@ class SubnetTrainer(PaletteTrainer):
         faulty = [subnet for subnet, found in zip(subnets, losses, strict=True) if not torch.isfinite(found.loss)]
         if not faulty:
             return
-        last = last_checkpoint(Path(self._get_output_dir(None)))
+        last = last_checkpoint(Path(self._get_output_dir(trial=None)))
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
         raise MLFSError(
             f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet "
