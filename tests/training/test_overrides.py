@@ -124,7 +124,7 @@ def test_an_override_is_the_same_in_lockstep(mixin: type, name: str, suffix: str
     batch = {key: torch.tensor(value) for key, value in rows(4).to_dict().items()}
     found = {}
     for how in ("sequential", "lockstep"):
-        t = trainer(tmp_path / how, name, suffix, subnet_execution=how, **ONE_STEP)
+        t = trainer(tmp_path / how, name, subnet_execution=how, **ONE_STEP)
         t.__class__ = type("Own", (mixin, MLFSTrainer), {})
         found[how] = one_step(t, dict(batch), None)[1]
     assert_close(found["lockstep"], found["sequential"])

@@ -191,7 +191,7 @@ class ByFirstToken:
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         targets = inputs.pop("labels").float()
         outputs = model(**inputs)
-        loss = mse_loss(outputs.last_hidden_state[:, 0].mean(-1), targets)
+        loss = mse_loss(outputs.last_hidden_state[:, 0, 0], targets)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -201,7 +201,7 @@ class ByMean:
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         targets = inputs.pop("labels").float()
         outputs = model(**inputs)
-        loss = mse_loss(outputs.last_hidden_state.mean((1, 2)), targets)
+        loss = mse_loss(outputs.last_hidden_state.mean(1)[:, 0], targets)
         return (loss, outputs) if return_outputs else loss
 
 
