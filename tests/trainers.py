@@ -30,7 +30,7 @@ def trainer(folder: Path, name: str = "bert", suffix: str = "ForSequenceClassifi
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 5e-3, "logging_steps": 2,
         "save_steps": 3, "order_batches": 3, "projection_size": 8, "rank": 2,
     }  # fmt: skip
-    extra = {key: options.pop(key) for key in ("callbacks", "train_dataset") if key in options}
+    extra = {key: options.pop(key) for key in ("callbacks", "train_dataset", "eval_dataset") if key in options}
     supernet = options.pop("supernet", None) or SuperTransformer(make(name, suffix), SPACE, rank=2)
     data = {"train_dataset": rows(32, causal=causal), "eval_dataset": rows(16, 1, causal), **extra}
     return MLFSTrainer(supernet, MLFSArguments(**{**settings, **options}), **data)

@@ -7,7 +7,7 @@ Scores, per unit u:
     gradient    Σ_sequences |Σ_tokens x_u · ∂L/∂x_u| over the same             (Michel et al., arXiv 1905.10650)
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,7 +26,12 @@ Scores = dict[UnitAxis, Tensor]
 
 
 def importance(
-    model: PreTrainedModel, dims: Dimensions, method: Method, batches: Iterable[Mapping[str, Any]] | None = None
+    model: PreTrainedModel,
+    dims: Dimensions,
+    method: Method,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    loss_of: Callable[[Mapping[str, Any]], Tensor | None] | None = None,
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Scores every unit of an elastic model.
 
@@ -35,6 +40,9 @@ def importance(
         dims: its full sizes.
         method: one of the scores that the module's documentation defines.
         batches: keyword arguments of the model, with labels for "gradient"; "magnitude" needs none.
+        loss_of: runs the model on a batch and returns its loss, a scalar; by default the model's own.
+        sum_over_processes: makes of Σ x_u² of a batch that over the batches of all processes; None for one process.
+            Scores by gradient are of this process: their sum is left to the caller.
 
     Returns:
         Scores, float64 on the CPU: (hidden,) for the residual stream; for each layer (groups of heads,) and (ffn,).
@@ -54,7 +62,7 @@ def importance(
     model.eval()
     model.zero_grad(set_to_none=True)  # else a backward pass would add to the gradients kept above, in place
     try:
-        with _scoring_inputs(model, dims, method, scores):
+        with _scoring_inputs(model, dims, method, scores, sum_over_processes) as finish_batch:
             for batch in tqdm(batches, desc=f"importance ({method})", leave=False):
                 seen += 1
                 inputs = dict(batch)
@@ -62,7 +70,8 @@ def importance(
                     if isinstance(value, Tensor):
                         inputs[name] = value.to(model.device)
                 with torch.set_grad_enabled(method == "gradient"):
-                    loss = model(**inputs).loss
+                    loss = model(**inputs).loss if loss_of is None else loss_of(inputs)
+                finish_batch()
                 if method == "gradient":
                     if loss is None:
                         raise MLFSError("the gradient score needs labels in the batches")
@@ -91,17 +100,27 @@ def _squared_weights(model: PreTrainedModel, dims: Dimensions) -> Scores:
 
 
 @contextmanager
-def _scoring_inputs(model: PreTrainedModel, dims: Dimensions, method: Method, scores: Scores) -> Iterator[None]:
-    """Adds to `scores` whenever a projection runs inside the block (for "gradient": when its gradient arrives)."""
+def _scoring_inputs(
+    model: PreTrainedModel,
+    dims: Dimensions,
+    method: Method,
+    scores: Scores,
+    sum_over_processes: Callable[[Tensor], Tensor] | None,
+) -> Iterator[Callable[[], None]]:
+    """Adds to `scores` after each batch that runs inside the block (for "gradient": when its gradients arrive).
+
+    Yields:
+        What to call after the forward pass of a batch.
+    """
     handles = []
+    seen: list[tuple[ElasticLinear, Tensor]] = []  # by "activation" in this batch: (layer, norm of its inputs)
 
     def score_input(module: ElasticLinear, args: tuple[Any, ...]) -> None:
         x, size = args[0], module.axes().input
         assert size is not None
         if method == "activation":
             inputs = x.detach().double().flatten(0, -2)  # (tokens, columns)
-            weight = module.merged_weight().double()  # (rows, columns)
-            _add_numbers(scores, size, inputs.norm(dim=0) * weight.norm(dim=0), dims)
+            seen.append((module, inputs.norm(dim=0)))
         elif x.requires_grad:
             values = x.detach()
 
@@ -114,6 +133,17 @@ def _scoring_inputs(model: PreTrainedModel, dims: Dimensions, method: Method, sc
 
             x.register_hook(collect)
 
+    def finish_batch() -> None:
+        norms = [norm for _, norm in seen]
+        if sum_over_processes is not None and norms:
+            total = sum_over_processes(torch.cat(norms).pow(2)).sqrt()
+            norms = list(total.split([len(norm) for norm in norms]))
+        for (module, _), norm in zip(seen, norms, strict=True):
+            size, weight = module.axes().input, module.merged_weight().double()  # (rows, columns)
+            assert size is not None
+            _add_numbers(scores, size, norm * weight.norm(dim=0), dims)
+        seen.clear()
+
     for module in model.modules():
         if isinstance(module, ElasticLinear) and module.axes().input:
             handles.append(module.register_forward_pre_hook(score_input))
@@ -121,7 +151,7 @@ def _scoring_inputs(model: PreTrainedModel, dims: Dimensions, method: Method, sc
         embedding = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:
-        yield
+        yield finish_batch
     finally:
         for handle in handles:
             handle.remove()

@@ -359,6 +359,8 @@ class SuperTransformer(nn.Module):
         if state.permutation:
             supernet.apply_permutation(state.permutation)
         supernet._load_parameters(state, path)
+        if getattr(model.config, "problem_type", None) is None:  # which training may have found out from its labels
+            model.config.problem_type = state.config.get("problem_type")
         return supernet
 
     def restore(self, path: str | Path) -> None:

@@ -45,6 +45,11 @@ class MLFSArguments(TrainingArguments):
         "The other K - 1: 'sandwich' (the narrowest at a random depth, then by turns one that is as wide on every axis "
         "and one drawn axis by axis) or 'random' (each drawn axis by axis).",
     )
+    subnet_draws: str = _option(
+        "batch",
+        "When subnets are drawn: for each 'batch' that a step accumulates (more sizes in an update), or once a 'step' "
+        "(accumulated batches then give the update of one large batch).",
+    )
     subnet_execution: str = _option(
         "sequential",
         "How the subnets of a step run: 'sequential', one after the other, or 'lockstep', all through each layer "
@@ -77,6 +82,11 @@ class MLFSArguments(TrainingArguments):
     order_batches: int = _option(30, "Training batches the ranking is computed from.")
     merge_stages: bool = _option(
         True, "Merge frozen earlier stages into an fp32 copy of the base while a later one trains."
+    )
+    stop_ends: str = _option(
+        "run",
+        "What a callback ends that stops training, early stopping say: the 'run', or a 'stage', after which the next "
+        "one begins.",
     )
     overwrite_run: bool = _option(False, "Start anew in an output_dir that holds a run: its stages are deleted.")
     palette: str | None = _option(
@@ -118,8 +128,10 @@ class MLFSArguments(TrainingArguments):
     def _check_choices(self) -> None:
         choices: dict[str, Iterable[str]] = {
             "subnet_sampling": SAMPLINGS,
+            "subnet_draws": ("batch", "step"),
             "subnet_execution": EXECUTIONS,
             "gamma_normalization": ("weights", "count", "none"),
+            "stop_ends": ("run", "stage"),
             "projection": ("fixed", "learned"),
             "order": ("gradient", "activation", "magnitude", "none"),
         }

@@ -65,6 +65,7 @@ class HiddenStateDistance(nn.Module):
         student: Mapping[str, Any],
         teacher: Mapping[str, Any],
         attention_mask: Tensor | None = None,
+        layer_shares: Tensor | None = None,
     ) -> Tensor:
         """Sums the weighted distances of the layers.
 
@@ -73,6 +74,7 @@ class HiddenStateDistance(nn.Module):
                 (1, tokens that are no padding, hidden size) of an encoder that ran without padding.
             teacher: outputs of maxnet, with hidden_states.
             attention_mask: (batch, tokens); padding does not count.
+            layer_shares: (layers of maxnet,), what each layer's distance is multiplied by; None for 1.
 
         Returns:
             A scalar; zero where no layer is compared.
@@ -92,8 +94,28 @@ class HiddenStateDistance(nn.Module):
             if mask is not None and mask.shape != student_state.shape[:-1]:
                 mask = None
             distance = feature_distance(student_state, teacher_state, self.projections[layer], mask)
+            if layer_shares is not None:
+                distance = distance * layer_shares[layer]
             total = total + self.betas[layer] * distance
         return total
+
+    @torch.no_grad()
+    def sizes(self, teacher: Mapping[str, Any], attention_mask: Tensor | None = None) -> Tensor:
+        """Computes what the distance of each layer is relative to, Σ ‖h_teacher · Pᵀ‖²: (layers,), fp32 or wider.
+
+        Arguments: as of `forward`. Zero for layers that are not compared.
+        """
+        found = []
+        for layer, state in enumerate(teacher["hidden_states"][1:]):
+            dtype = torch.promote_types(state.dtype, torch.float32)
+            size = torch.zeros((), dtype=dtype, device=state.device)
+            if self.betas[layer]:
+                squares = (state @ self.projections[layer].to(state.dtype).t()).to(dtype).pow(2).sum(-1)
+                if attention_mask is not None and attention_mask.shape == squares.shape:
+                    squares = squares.masked_fill(~attention_mask.bool(), 0)
+                size = squares.sum()
+            found.append(size)
+        return torch.stack(found)
 
     def _compares(self, subnet: Subnet, i: int) -> bool:
         """Whether the state after the subnet's i-th layer is compared."""

@@ -33,6 +33,20 @@ def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> Non
         parameter.grad = gradient.view_as(parameter).clone()
 
 
+def average(values: Tensor, processes: int) -> Tensor:
+    """Returns the mean of a tensor over the processes."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / processes
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Returns the sum of a tensor over the processes."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def sum_scores(scores: dict[Any, Tensor], processes: int, device: torch.device) -> None:
     """Makes each tensor of `scores` the sum over the processes, in place: each ranked units by batches of its own, and
     all need one order."""

@@ -7,13 +7,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from mlfs.errors import MLFSError
-from mlfs.models.fused.padding import reads_no_padding, without_padding
+from mlfs.models.fused.padding import heads_read_no_padding, reads_no_padding, without_padding
 from mlfs.parsing import parse_json
 from mlfs.report.cost import latency, size_on_disk
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
+from mlfs.training.inputs import without_labels
 from mlfs.training.task import task_of
 
 
@@ -47,7 +47,7 @@ class PaletteTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Runs one batch as `transformers.Trainer` does; encoders skip the padding, where they can."""
-        with without_padding(reads_no_padding(inputs)):
+        with without_padding(reads_no_padding(inputs) and heads_read_no_padding(self.supernet.model)):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     def subnets_to_evaluate(self) -> dict[str, Subnet]:
@@ -59,21 +59,33 @@ class PaletteTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluates every subnet of `subnets_to_evaluate`.
 
+        Args:
+            eval_dataset: as of `transformers.Trainer`: of several sets, by names, each is evaluated by itself, and
+                NAME_OF_SET stands before the names of its metrics.
+
         Returns:
             `eval_NAME_METRIC`, `eval_NAME_parameters` and `eval_NAME_latency` (seconds a batch) of each subnet, and
             `eval_METRIC`, the mean over the palette, for `metric_for_best_model`.
         """
-        if isinstance(eval_dataset or self.eval_dataset, dict):
-            raise MLFSError("several evaluation sets at once are not supported: call evaluate for each")
-        loader = self.get_eval_dataloader(eval_dataset)
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(sets, dict):
+            metrics: dict[str, float] = {}
+            for name, one in sets.items():
+                # the Trainer keeps the loaders of its own sets by their names
+                chosen = name if eval_dataset is None else one
+                prefix = f"{metric_key_prefix}_{name}"
+                metrics |= self.evaluate(eval_dataset=chosen, ignore_keys=ignore_keys, metric_key_prefix=prefix)
+            return metrics
+        loader = self.get_eval_dataloader(sets)
         palette = self.subnets_to_evaluate()
         # A loader draws a number each time it is gone through. Training goes on with the numbers it would have had with
         # one evaluation of one model, as by Trainer: else the sizes of the palette would change what is learned.
         before = torch.get_rng_state()
-        sample = self._prepare_inputs(dict(next(iter(loader))))
+        batch = self._prepare_inputs(dict(next(iter(loader))))
+        sample = without_labels(self.supernet.model, batch, self.label_names)
         torch.set_rng_state(before)
         ignored = [*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"]
-        metrics: dict[str, float] = {}
+        metrics = {}
         values: dict[str, list[float]] = {}  # of each metric, over the subnets
         for name, subnet in palette.items():
             prefix = f"{metric_key_prefix}_{name}"

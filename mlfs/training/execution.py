@@ -1,17 +1,20 @@
 """How the subnets of a step run, found by the name that `subnet_execution` takes: forward passes, losses, backward."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from mlfs.errors import MLFSError
 from mlfs.models.fused.lm_head import without_logits
-from mlfs.models.fused.padding import reads_no_padding, without_padding
+from mlfs.models.fused.padding import heads_read_no_padding, reads_no_padding, without_padding
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.batch import Batch
-from mlfs.training.distillation import detached
+from mlfs.training.inputs import LABELS, without_labels
 from mlfs.training.lockstep import ComputedOutputs, part_of, repeat, rows_of
 from mlfs.training.losses import LossOfSubnet, SubnetLoss
 
@@ -22,6 +25,7 @@ class SubnetRunner(Protocol):
     supernet: SuperTransformer
     args: Any
     accelerator: Any
+    label_names: Any
 
     def compute_loss(
         self,
@@ -71,16 +75,17 @@ def one_by_one(
 ) -> list[LossOfSubnet]:
     """Runs one subnet after the other; see `Execution`."""
     teacher, losses = None, []
-    packs = reads_no_padding(batch.inputs)
-    needs_states = len(subnets) > 1 and subnet_loss.distance.is_used
+    packs = reads_no_padding(batch.inputs) and heads_read_no_padding(trainer.supernet.model)
+    has_students = len(subnets) > 1
+    needs_states = has_students and subnet_loss.distance.is_used
     for subnet, weight in zip(subnets, weights, strict=True):
         # the backward pass may recompute: it stays inside
         with trainer.supernet.activate(subnet):
             with trainer.compute_loss_context_manager(), without_padding(packs):
-                task_loss, outputs = _forward(trainer, model, batch, needs_states)
+                task_loss, outputs = _forward(trainer, model, batch, needs_states, has_students)
                 found = subnet_loss(batch, subnet, outputs, task_loss, teacher)
-            if teacher is None:
-                teacher = detached(outputs)
+            if teacher is None and has_students:
+                teacher = subnet_loss.teacher(batch, outputs)
             trainer.accelerator.backward(found.loss * (weight / batch.accumulation.divisor))
         losses.append(LossOfSubnet(found.loss.detach(), found.parts))
     return losses
@@ -101,16 +106,20 @@ def lockstep(
     subnet_of_row = [subnet for subnet in subnets for _ in range(rows)]
     with trainer.supernet.activate_rows(subnet_of_row):
         with trainer.compute_loss_context_manager():
-            together = _forward_together(model, batch, len(subnets), subnet_loss.distance.is_used)
+            needs_states = subnet_loss.distance.is_used
+            given = _without_labels(trainer, batch)
+            together = _forward_together(model, given, batch, len(subnets), needs_states)
             for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
                 outputs: Any = part_of(together, i, rows, subnet)
                 task_loss = None
                 if batch.head is None:
-                    computed = ComputedOutputs(trainer.accelerator.unwrap_model(model), outputs)
+                    whole = trainer.accelerator.unwrap_model(model)
+                    computed = ComputedOutputs(whole, outputs, given)
                     task_loss, outputs = _compute_loss(trainer, computed, dict(batch.inputs), batch)
+                    _checked(outputs, needs_states)
                 found = subnet_loss(batch, subnet, outputs, task_loss, teacher)
                 if teacher is None:
-                    teacher = detached(outputs)
+                    teacher = subnet_loss.teacher(batch, outputs)
                 total = total + found.loss * weight
                 losses.append(LossOfSubnet(found.loss.detach(), found.parts))
         trainer.accelerator.backward(total / batch.accumulation.divisor)
@@ -121,10 +130,17 @@ EXECUTIONS: dict[str, Execution] = {"sequential": one_by_one, "lockstep": lockst
 
 
 def _forward(
-    trainer: SubnetRunner, model: nn.Module, batch: Batch, needs_states: bool
+    trainer: SubnetRunner, model: nn.Module, batch: Batch, needs_states: bool, has_students: bool
 ) -> tuple[Tensor | None, Mapping[str, Any]]:
     """Runs the active subnet: (task loss, or None where it is computed from what goes into the head; outputs)."""
     inputs = dict(batch.inputs)
+    if batch.own_loss:
+        if not has_students:  # as the Trainer asks for a loss: without outputs
+            items = batch.accumulation.num_items
+            return trainer.compute_loss(model, inputs, num_items_in_batch=items), {}
+        with _reporting_states(trainer.supernet.model, needs_states):
+            loss, outputs = _compute_loss(trainer, model, inputs, batch)
+        return loss, _checked(outputs, needs_states)
     if needs_states:
         inputs["output_hidden_states"] = True
     if batch.head is not None:
@@ -132,9 +148,48 @@ def _forward(
     return _compute_loss(trainer, model, inputs, batch)
 
 
-def _forward_together(model: nn.Module, batch: Batch, count: int, needs_states: bool) -> Mapping[str, Any]:
+@contextmanager
+def _reporting_states(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Has a model report hidden states to a loss of somebody's own, which calls it with what it likes."""
+    before = model.config.output_hidden_states
+    model.config.output_hidden_states = wanted or before
+    try:
+        yield
+    finally:
+        model.config.output_hidden_states = before
+
+
+def _checked(outputs: Any, needs_states: bool) -> Mapping[str, Any]:
+    """Returns outputs that subnets can learn from.
+
+    Raises:
+        MLFSError: they are no mapping, or without hidden states that are to be compared.
+    """
+    if not isinstance(outputs, Mapping):
+        raise MLFSError(
+            f"compute_loss returned outputs that are a {type(outputs).__name__}: subnets learn from the model's output "
+            "as it is, with names; return that, and leave return_dict alone"
+        )
+    if needs_states and outputs.get("hidden_states") is None:
+        raise MLFSError(
+            "compute_loss returned outputs without hidden_states, which subnets learn from: return the model's output "
+            "as it is, or set distill_beta to 0"
+        )
+    return outputs
+
+
+def _without_labels(trainer: SubnetRunner, batch: Batch) -> dict[str, Any]:
+    """Returns what of a batch the model is to be called with; its loss comes later."""
+    if batch.own_loss:
+        return without_labels(trainer.supernet.model, batch.inputs, trainer.label_names)
+    return {name: value for name, value in batch.inputs.items() if name not in LABELS}
+
+
+def _forward_together(
+    model: nn.Module, given: Mapping[str, Any], batch: Batch, count: int, needs_states: bool
+) -> Mapping[str, Any]:
     """Runs the rows of the batch `count` times over; returns outputs without a loss."""
-    inputs = repeat(batch.inputs, count)
+    inputs = repeat(given, count)
     if needs_states:
         inputs["output_hidden_states"] = True
     if batch.head is not None:

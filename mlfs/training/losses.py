@@ -1,19 +1,27 @@
 """The loss of a subnet (arXiv 2404.01353, section 3): its task's, and what it learns from maxnet, its teacher:
 
 L_j = (1 - α) task_j + α KL(maxnet || j) + Σ_l β_{g(l)} feature_{j,l}
+
+A model that gives no logits has no KL to share with: L_j = task_j + Σ_l β_{g(l)} feature_{j,l}.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mlfs.models.fused.lm_head import HEAD_INPUT
 from mlfs.ops.head_loss import head_loss
 from mlfs.space.subnet import Subnet
 from mlfs.training.batch import Batch
-from mlfs.training.distillation import HiddenStateDistance
+from mlfs.training.distillation import HiddenStateDistance, detached
+from mlfs.training.distributed import average
 from mlfs.training.task import Task
+
+# What a teacher says beside its outputs, across processes: this process's share of each layer's size times their
+# number, and the mean of their shares of the step.
+LAYER_SHARES, SHARE = "layer_shares", "share"
 
 
 class LossOfSubnet(NamedTuple):
@@ -31,11 +39,14 @@ class SubnetLoss:
         distance: of the hidden states.
         alpha: α, the share of the divergence, 0 to 1.
         temperature: of the divergence.
+        processes: over which gradients are averaged.
     """
 
-    def __init__(self, task: Task, distance: HiddenStateDistance, alpha: float, temperature: float) -> None:
+    def __init__(
+        self, task: Task, distance: HiddenStateDistance, alpha: float, temperature: float, processes: int = 1
+    ) -> None:
         self.task, self.distance = task, distance
-        self.alpha, self.temperature = alpha, temperature
+        self.alpha, self.temperature, self.processes = alpha, temperature, processes
 
     def __call__(
         self,
@@ -60,12 +71,33 @@ class SubnetLoss:
             assert task_loss is not None
             loss, parts = self._from_logits(batch, outputs, task_loss, teacher, share)
         if teacher is not None and self.distance.is_used:
-            distance = self.distance(subnet, outputs, teacher, batch.inputs.get("attention_mask"))
+            share = teacher.get(SHARE, share)
+            distance = self.distance(
+                subnet, outputs, teacher, batch.inputs.get("attention_mask"), teacher.get(LAYER_SHARES)
+            )
             feature = share * distance
             loss = loss + feature
             parts["feature"] = feature.detach()
         parts["loss"] = loss.detach()
+        if batch.unlabelled is not None:
+            loss, parts = _zero_if_unlabelled(batch.unlabelled, loss, parts, task_loss)
         return LossOfSubnet(loss, parts)
+
+    def teacher(self, batch: Batch, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what maxnet's outputs have to say to the other subnets: constants.
+
+        Across processes, the distance of a layer is relative to the teacher's size in all of their batches: this
+        process's share of each layer's, and of the step, is among them.
+        """
+        teacher = detached(outputs)
+        if self.distance.is_used and self.processes > 1:
+            sizes = self.distance.sizes(teacher, batch.inputs.get("attention_mask"))
+            share = torch.as_tensor(self._share(batch), dtype=sizes.dtype, device=sizes.device)
+            own = torch.cat([sizes, share.reshape(1)])
+            of_all = average(own, self.processes)
+            teacher[LAYER_SHARES] = sizes / of_all[:-1].clamp_min(torch.finfo(sizes.dtype).tiny)
+            teacher[SHARE] = of_all[-1]
+        return teacher
 
     def _from_logits(
         self,
@@ -77,7 +109,9 @@ class SubnetLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if teacher is None:
             return task_loss, {}
-        kl = share * self.task.divergence(outputs, teacher, batch.inputs, self.temperature)
+        if not self._task(batch).compares(outputs):
+            return task_loss, {"task": task_loss.detach()}
+        kl = share * self._task(batch).divergence(outputs, teacher, batch.inputs, self.temperature)
         loss = (1 - self.alpha) * task_loss + self.alpha * kl
         return loss, {"task": task_loss.detach(), "kl": kl.detach()}
 
@@ -88,7 +122,7 @@ class SubnetLoss:
         the gradient of their sum in the same pass."""
         head = batch.head
         assert head is not None
-        targets = self.task.targets(batch.inputs["labels"])
+        targets = self._task(batch).targets(batch.inputs["labels"])
         sums = head_loss(
             outputs[HEAD_INPUT],
             head.weight,
@@ -105,7 +139,18 @@ class SubnetLoss:
             return loss, {}
         return loss, {"task": task_loss, "kl": kl}
 
+    def _task(self, batch: Batch) -> Task:
+        return self.task if batch.task is None else batch.task
+
     def _share(self, batch: Batch) -> Tensor | float:
-        labels = batch.inputs.get("labels")
-        targets = None if labels is None else self.task.targets(labels)
-        return batch.accumulation.share(targets)
+        return batch.accumulation.share(self._task(batch).targets_in(batch.inputs))
+
+
+def _zero_if_unlabelled(
+    unlabelled: Tensor, loss: Tensor, parts: dict[str, Tensor], task_loss: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Makes loss and parts zero where no label counts; a loss of somebody's own, if it is NaN then."""
+    if task_loss is not None:
+        unlabelled = unlabelled & task_loss.detach().isnan()
+    kept = {name: part.masked_fill(unlabelled, 0) for name, part in parts.items()}
+    return loss.masked_fill(unlabelled, 0), kept

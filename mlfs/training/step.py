@@ -26,6 +26,7 @@ from mlfs.training.losses import LossOfSubnet, SubnetLoss
 from mlfs.training.means import RunningMeans
 from mlfs.training.runs import last_checkpoint
 from mlfs.training.sampling import SAMPLINGS, BatchCounter, generator_of, narrowest
+from mlfs.training.task import Task, is_a_number_per_label, task_of
 
 
 class SubnetTrainer(PaletteTrainer):
@@ -49,10 +50,13 @@ class SubnetTrainer(PaletteTrainer):
             seed=args.seed,
             final_norm=has_final_norm(supernet.family),
         ).to(supernet.model.device)
-        self.subnet_loss = SubnetLoss(self.task, self.distance, args.distill_alpha, args.temperature)
+        processes = self.accelerator.num_processes
+        self.subnet_loss = SubnetLoss(self.task, self.distance, args.distill_alpha, args.temperature, processes)
         self.means = RunningMeans()
         self.stage = args.stages_to_train[0]
         self._batch_counter = BatchCounter()
+        self._update_follows = True  # of the optimizer: the next batch begins a step
+        self._tasks: dict[tuple[str | None, bool], Task] = {}
         self._lm_head = vocabulary_head(supernet.model) if args.fused_head_loss else None
 
     def training_step(
@@ -64,6 +68,7 @@ class SubnetTrainer(PaletteTrainer):
             The weighted sum of their losses, without its graph.
         """
         self._set_mode(model)
+        self._zero_projections()
         batch = self._batch_of(self._prepare_inputs(inputs), num_items_in_batch)
         subnets = self.draw_subnets()
         weights = self.loss_weights(subnets)
@@ -74,6 +79,7 @@ class SubnetTrainer(PaletteTrainer):
         steps = self.args.torch_empty_cache_steps
         if steps is not None and self.state.global_step % steps == 0:
             clear_device_cache()
+        self._update_follows = self.accelerator.sync_gradients
         if self.accelerator.sync_gradients:
             average_gradients(self._optimized_parameters(), self.accelerator.num_processes)
         self._add_to_means(subnets, losses)
@@ -83,10 +89,13 @@ class SubnetTrainer(PaletteTrainer):
     def draw_subnets(self) -> list[Subnet]:
         """Draws the subnets of one batch: maxnet, then those of `subnet_sampling`; maxnet alone in stage 0.
 
-        They are the same in every process and after resuming: drawn from seed, stage, step and batch.
+        They are the same in every process and after resuming: drawn from seed, stage, step and, unless
+        `subnet_draws="step"`, the number of the batch among those that the step accumulates.
         """
         args, space, step = self.args, self.supernet.space, self.state.global_step
         batch = self._batch_counter.number_in(step)
+        if args.subnet_draws == "step":
+            batch = 0
         if self.stage == 0 or args.subnets_per_step == 1:
             return [space.max]
         strategy = SAMPLINGS[args.subnet_sampling]()
@@ -121,18 +130,37 @@ class SubnetTrainer(PaletteTrainer):
         smoothing = 0.0
         if head is not None and self.label_smoother is not None:
             smoothing = self.label_smoother.epsilon
-        return Batch(inputs, self._accumulation(num_items_in_batch), head, smoothing)
+        task = self.task_of_batch(inputs)
+        return Batch(
+            inputs,
+            self._accumulation(num_items_in_batch),
+            head,
+            smoothing,
+            unlabelled=task.unlabelled(inputs),
+            own_loss=not self.has_transformers_loss(),
+            task=task,
+        )
+
+    def task_of_batch(self, inputs: Mapping[str, Any]) -> Task:
+        """Returns what kind of outputs the model has: where its configuration leaves it open, the labels say so."""
+        labels = inputs.get("labels")
+        problem = getattr(self.supernet.model.config, "problem_type", None)
+        key = problem, isinstance(labels, Tensor) and is_a_number_per_label(labels)
+        if key not in self._tasks:
+            self._tasks[key] = task_of(self.supernet.model, labels if key[1] else None)
+        return self._tasks[key]
 
     def _accumulation(self, num_items_in_batch: Tensor | int | None) -> Accumulation:
-        """Finds what the losses of a batch are divided by."""
-        is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        divisor, processes = 1, 1
-        if not is_scaled:
-            divisor = self.current_gradient_accumulation_steps
+        """Finds what the losses of a batch are divided by: what `transformers.Trainer.training_step` does."""
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            is_told = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = is_told or self.compute_loss_func is not None
+        batches, processes = self.current_gradient_accumulation_steps, 1
         if self.args.average_tokens_across_devices:
             # the Trainer has counted the items of all processes
             processes = self.accelerator.num_processes
-        return Accumulation(num_items_in_batch, is_scaled, divisor, processes)
+        return Accumulation(num_items_in_batch, is_scaled, 1 if is_scaled else batches, processes, batches)
 
     def _head_to_leave_out(self, inputs: Mapping[str, Any]) -> ElasticLinear | None:
         """Returns the LM head if the loss of the batch is computed from what goes into it, without logits.
@@ -142,16 +170,17 @@ class SubnetTrainer(PaletteTrainer):
         head, labels = self._lm_head, inputs.get("labels")
         if head is None or labels is None or "shift_labels" in inputs:
             return None
-        if self.args.torch_compile or not self._has_transformers_loss():
+        if self.args.torch_compile or not self.has_transformers_loss():
             return None
         if any(parameter.requires_grad for parameter in head.parameters()):
             return None
         return head
 
-    def _has_transformers_loss(self) -> bool:
+    def has_transformers_loss(self) -> bool:
         """Whether nobody has put a loss of his own in the place of transformers'."""
         return (
             self.compute_loss_func is None
+            and self.loss_is_scaled_for_ga is None
             and getattr(self.compute_loss, "__func__", None) is Trainer.compute_loss
             and (self.label_smoother is None or type(self.label_smoother) is LabelSmoother)
             and getattr(self.accelerator, "parallelism_config", None) is None
@@ -162,6 +191,23 @@ class SubnetTrainer(PaletteTrainer):
         if count == 1:
             return one_by_one
         return EXECUTIONS[self.args.subnet_execution]
+
+    def _zero_projections(self) -> None:
+        """Zeroes the gradients of learned projections where a step begins: the Trainer zeroes the model's alone."""
+        if self._update_follows:
+            self.distance.zero_grad()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._all_that_trains(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._all_that_trains(model), grad_norm=grad_norm)
+
+    def _all_that_trains(self, model: nn.Module) -> nn.Module:
+        """Returns a module with the parameters of the model and the projections that are learned."""
+        if any(parameter.requires_grad for parameter in self.distance.parameters()):
+            return nn.ModuleList([model, self.distance])
+        return model
 
     def _optimized_parameters(self) -> list[nn.Parameter]:
         assert self.optimizer is not None
@@ -184,7 +230,7 @@ class SubnetTrainer(PaletteTrainer):
         faulty = [subnet for subnet, found in zip(subnets, losses, strict=True) if not torch.isfinite(found.loss)]
         if not faulty:
             return
-        last = last_checkpoint(Path(self._get_output_dir(None)))
+        last = last_checkpoint(Path(self._get_output_dir(trial=None)))
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
         raise MLFSError(
             f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet "

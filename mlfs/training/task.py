@@ -24,6 +24,24 @@ class Task:
         """Returns the label of each output, of the shape of `labels`."""
         return labels
 
+    def targets_in(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Returns the label of each output of a batch; None where it has no labels, or none that are a tensor."""
+        if isinstance(shifted := inputs.get("shift_labels"), Tensor):
+            return shifted
+        labels = inputs.get("labels")
+        return self.targets(labels) if isinstance(labels, Tensor) else None
+
+    def unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Tells whether no label of a batch counts, as a bool scalar; None where every label counts."""
+        targets = self.targets_in(inputs)
+        if targets is None or targets.is_floating_point():
+            return None
+        return targets.eq(IGNORED).all()
+
+    def compares(self, outputs: Mapping[str, Any]) -> bool:
+        """Tells whether a model gives outputs that `divergence` can compare."""
+        return "logits" in outputs
+
     def divergence(
         self,
         student: Mapping[str, Any],
@@ -76,7 +94,7 @@ class Classification(Task):
         """
         labels, attention = inputs.get("labels"), inputs.get("attention_mask")
         shape = logits.shape[:-1]
-        if labels is not None and labels.shape == shape:
+        if isinstance(labels, Tensor) and labels.shape == shape:
             return labels.ne(IGNORED)
         if attention is not None and attention.shape == shape:
             return attention.bool()
@@ -135,6 +153,19 @@ class MultiLabelClassification(Task):
 class QuestionAnswering(Task):
     """A softmax over the tokens for the start of the answer, and one for its end."""
 
+    def unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Tells whether all starts, or all ends, are beyond the tokens, where they do not count."""
+        ends = [inputs.get(name) for name in ("start_positions", "end_positions")]
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is None or any(end is None for end in ends):
+            return None
+        start, end = (end.ge(tokens.shape[1]).all() for end in ends if end is not None)
+        return start | end
+
+    def compares(self, outputs: Mapping[str, Any]) -> bool:
+        """Tells whether a model gives the logits of both ends."""
+        return "start_logits" in outputs
+
     def divergence(
         self,
         student: Mapping[str, Any],
@@ -154,8 +185,19 @@ def _with_zero(logits: Tensor) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
-def task_of(model: PreTrainedModel) -> Task:
-    """Finds the task of a model, from its class and configuration."""
+def is_a_number_per_label(labels: Tensor) -> bool:
+    """Tells whether each row has a number for every label: (batch, labels), and no integers."""
+    return labels.dim() == 2 and labels.dtype not in (torch.int64, torch.int32)
+
+
+def task_of(model: PreTrainedModel, labels: Tensor | None = None) -> Task:
+    """Finds the task of a model, from its class and configuration.
+
+    Args:
+        model: whose configuration may leave the kind of problem to the labels, as transformers does: integers are one
+            class of each row, other numbers are a label each. `problem_type` in the configuration says otherwise.
+        labels: of a batch.
+    """
     if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return CausalLanguageModeling()
     if "start_positions" in inspect.signature(model.forward).parameters:
@@ -163,6 +205,8 @@ def task_of(model: PreTrainedModel) -> Task:
     problem = getattr(model.config, "problem_type", None)
     if problem == "regression" or (problem is None and getattr(model.config, "num_labels", 2) == 1):
         return Regression()
+    if problem is None and labels is not None and is_a_number_per_label(labels):
+        problem = "multi_label_classification"
     if problem == "multi_label_classification":
         return MultiLabelClassification()
     return Classification()

@@ -31,8 +31,8 @@ from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
-from mlfs.training.distributed import sum_scores
 from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
+from mlfs.training.ranking import rank_units
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.runs import (
     LOGS_NAME,
@@ -49,6 +49,7 @@ from mlfs.training.runs import (
     was_stopped,
 )
 from mlfs.training.step import SubnetTrainer
+from mlfs.training.stopping import TrainerControl, forget_stop, stop_was_asked, with_stage_flow
 
 logger = logging.get_logger("transformers.mlfs")
 _PROJECTIONS = "projections.safetensors"
@@ -90,6 +91,8 @@ class MLFSTrainer(SubnetTrainer):
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
         super().__init__(model, args, **kwargs)
+        self.control = TrainerControl(**self.control.state()["args"])
+        with_stage_flow(self.callback_handler)
         self._step_offset = 0  # optimizer steps of the stages before
         self._stage_is_over = False  # whether a callback ended the stage before it was cut off
 
@@ -102,6 +105,9 @@ class MLFSTrainer(SubnetTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Runs the stages of `args.stages_to_train`.
+
+        A callback that sets `should_training_stop` ends the run: the stage that it stops is saved, and counts as done.
+        With `stop_ends="stage"` the next stage begins.
 
         Args:
             resume_from_checkpoint: True goes on in `output_dir` from the last whole checkpoint, or from the start if
@@ -131,7 +137,7 @@ class MLFSTrainer(SubnetTrainer):
         settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
-        output, self._step_offset = TrainOutput(0, 0.0, {}), 0
+        output, self._step_offset, self._was_stopped = TrainOutput(0, 0.0, {}), 0, False
         try:
             for self.stage in args.stages_to_train:
                 if self.stage in done:
@@ -142,6 +148,8 @@ class MLFSTrainer(SubnetTrainer):
                     metrics |= {f"stage_{self.stage}_{name}": value for name, value in output.metrics.items()}
                 history += logs
                 self._step_offset += steps
+                if self._was_stopped:
+                    break
         finally:
             for name, value in settings.items():
                 setattr(args, name, value)
@@ -161,6 +169,7 @@ class MLFSTrainer(SubnetTrainer):
         self.supernet.restore(folder)
         if self.args.should_save and folder.parent == self.run_folder and not (folder / LIST_NAME).exists():
             write_list(folder)  # the run was cut off before it did
+        self._load_projections(folder)
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return state["log_history"], state["global_step"]
 
@@ -168,7 +177,9 @@ class MLFSTrainer(SubnetTrainer):
         """Trains and saves one stage, from the checkpoint `begun` on if there is one."""
         self._enter_stage(settings, fresh=begun is None)
         self._stage_is_over = begun is not None and was_stopped(begun)
+        forget_stop(self.control)
         output = super().train(resume_from_checkpoint=None if begun is None else str(begun), **kwargs)
+        self._was_stopped = stop_was_asked(self.control) and self.args.stop_ends == "run"
         self._leave_stage()
         return output
 
@@ -177,6 +188,7 @@ class MLFSTrainer(SubnetTrainer):
         # checkpoint of a stage would take one too many
         if self._stage_is_over or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            forget_stop(self.control, asked=self._stage_is_over)
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -241,8 +253,7 @@ class MLFSTrainer(SubnetTrainer):
         """Ranks the units by the first training batches, and orders them so."""
         batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
         prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
-        scores = self.supernet.importance(self.args.order, prepared)  # type: ignore[arg-type]
-        sum_scores(scores, self.accelerator.num_processes, self.args.device)
+        scores = rank_units(self, self.args.order, prepared)  # type: ignore[arg-type]
         self.supernet.apply_permutation(permutation_of(scores))
 
     # ---- optimizer and logs ---------------------------------------------------------------------------------------
@@ -342,9 +353,22 @@ class MLFSTrainer(SubnetTrainer):
         if (wrong := what_is_wrong(path)) is not None:
             raise MLFSError(f"checkpoint {path} is half-written or damaged: {wrong}; resume from the run folder")
         self.supernet.restore(path)
+        self._load_projections(path)
+        self._let_train()
+
+    def _load_projections(self, path: Path) -> None:
+        """Loads the projections that a checkpoint, or a stage that is done, has learned.
+
+        Raises:
+            MLFSError: they are not there, though a stage that learns them has trained.
+        """
         if (path / _PROJECTIONS).exists():
             self.distance.load_state_dict(load_file(path / _PROJECTIONS))
-        self._let_train()
+        elif self.args.projection == "learned" and self.stage > 0:
+            raise MLFSError(
+                f"{path / _PROJECTIONS} is missing: projection='learned' goes on from what the stage has learned; "
+                "resume from an earlier checkpoint, or with the projection of that run"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

@@ -110,7 +110,7 @@ def test_early_stopping_ends_a_stage_and_the_best_checkpoint_is_loaded(tmp_path:
     t = trainer(
         tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=1.0,
         metric_for_best_model="loss", greater_is_better=False, stage_steps=[20], max_grad_norm=0.0,
-        callbacks=[EarlyStoppingCallback(1)],
+        stop_ends="stage", callbacks=[EarlyStoppingCallback(1)],
     )  # fmt: skip
     t.train()
     for stage in range(3):

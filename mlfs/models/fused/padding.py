@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mlfs.models.follow import Forward, scope_of
 from mlfs.ops.attention import autocasts, gains_without_padding, ranges_of_keys, ranges_of_sequences, takes_ranges
@@ -35,11 +36,17 @@ def reads_no_padding(inputs: Mapping[str, Any]) -> bool:
     """Tells whether the loss of a batch on the CPU is the same without its padding: labels are of whole rows, which
     heads take from the first token, or are ignored where there is padding."""
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if labels is None or not gains_without_padding(labels):
+    if not isinstance(labels, Tensor) or not gains_without_padding(labels):
         return False
     if mask is None or labels.shape != mask.shape:
         return True
     return bool((labels[mask == 0] == -100).all())
+
+
+def heads_read_no_padding(model: PreTrainedModel) -> bool:
+    """Tells whether a model's outputs are the same without padding: a head of transformers' own reads tokens that are
+    none. A bare encoder hands on what it computes for padding too, and somebody's own head may read that."""
+    return type(model).__module__.startswith("transformers.") and model.base_model is not model
 
 
 @functools.cache
