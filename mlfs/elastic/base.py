@@ -31,6 +31,7 @@ class Elastic(nn.Module):
     Attributes:
         owned: whether its own weight and bias belong to the run, as those of a task head or of a norm that trained do,
             and are saved with it.
+        is_head: whether it is a head that is new for the task.
     """
 
     weight: nn.Parameter
@@ -44,7 +45,7 @@ class Elastic(nn.Module):
         self._template = (_without_parameters(module),)  # in a tuple: not a submodule
         self._scope: Scope | None = None
         self._extents: tuple[AxisSize, ...] = ()  # the axis of each fused part of the output
-        self.owned = False
+        self.owned = self.is_head = False
 
     def bind(self, scope: Scope, *extents: AxisSize) -> None:
         """Lets the active subnet of `scope` give the sizes, along one axis for each fused part."""
@@ -59,6 +60,17 @@ class Elastic(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(trains)
+
+    @property
+    def qconfig(self) -> None:
+        """None; PyTorch's quantisation, which would pass an elastic layer over, sets it to what it is to do."""
+        return None
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        raise MLFSError(
+            f"a {type(self).__name__} cannot be quantised: quantise the plain model or layer that extract(...) makes"
+        )
 
     def plain(self, **parameters: Tensor | None) -> nn.Module:
         """Makes a module of the class this one was made from, holding `parameters`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,8 +15,7 @@ from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.models.families.spec import Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
 from mlfs.models.follow import Forward, follow
-from mlfs.models.fused.forward import check_kind, fused_forward
-from mlfs.models.fused.padding import ragged_encoder
+from mlfs.models.fused.forward import check_kind, encoder_forward, fused_forward
 from mlfs.space.dimensions import AxisSize, Dimensions
 
 
@@ -59,7 +59,8 @@ def make_elastic(
     fused = [_follow_in_layer(layer, i, family, dims, scope) for i, layer in enumerate(layers)]
     if family.encoder and all(_attends_within_ranges(family, forwards) for forwards in fused):
         encoder = model.base_model.get_submodule(family.encoder)
-        follow(encoder, scope, {}, forward=ragged_encoder(type(encoder).forward))
+        own_class: Any = type(encoder)
+        follow(encoder, scope, {}, forward=encoder_forward(own_class))
     return layers
 
 
@@ -130,7 +131,7 @@ def _elastic_linear(
 ) -> ElasticLinear:
     rank = adapters.rank if spec.adapter else 0
     made = ElasticLinear.from_linear(module, rank, adapters.stages, adapters.alpha, train_base=spec.task)
-    made.owned = spec.task
+    made.owned = made.is_head = spec.task
     writes = spec.writes if isinstance(spec.writes, tuple) else (spec.writes,)
     outputs = [_axis_size(axis, dims, layer, spec.per_head) for axis in writes if axis is not None]
     reads = _axis_size(spec.reads, dims, layer) if spec.reads else None
