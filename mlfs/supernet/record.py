@@ -87,7 +87,8 @@ class Record(nn.Module):
         supernet = self._supernet
         owned = {f"{name}.{key}" for name in supernet.owned_modules() for key in ("weight", "bias")}
         # Of a base that is as it was loaded they can be computed: equal models then have equal states.
-        changed = supernet.permutation or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
+        moved = any(order != sorted(order) for order in supernet.permutation.values())
+        changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
         hashes = (supernet._fingerprint or {}) if changed else {}
         unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
         ownership, rows = [], []
