@@ -43,10 +43,16 @@ class ElasticModel:
         """
         self._plain(state_dict).save_pretrained(save_directory, *args, **kwargs)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Uploads what `save_pretrained` would save; arguments as `PreTrainedModel.push_to_hub`, errors as there."""
+        return self._plain(None).push_to_hub(*args, **kwargs)
+
     def _plain(self, state_dict: Any) -> PreTrainedModel:
         """Makes the plain model of the active subnet, for saving."""
         supernet: Any = vars(self)["_supernet"]
         self._record().refresh()
+        if supernet.has_row_sizes:
+            raise MLFSError("rows have sizes of their own here, and a checkpoint one: save inside activate(subnet)")
         if state_dict is not None:
             own = supernet.model.state_dict()
             if own.keys() != state_dict.keys() or not all(_same(own[key], state_dict[key]) for key in own):

@@ -160,6 +160,11 @@ class SuperTransformer(nn.Module):
         """The subnet that runs now; maxnet inside of `activate_rows`."""
         return self._scope.sizes.subnet
 
+    @property
+    def has_row_sizes(self) -> bool:
+        """Whether rows of a batch have sizes of their own now: inside of `activate_rows`."""
+        return isinstance(self._scope.sizes, RowSizes)
+
     def layer_sizes(self, subnet: Subnet) -> LayerSizes:
         """Spells `subnet` out for each layer; it is checked once, then remembered.
 
