@@ -23,6 +23,8 @@ from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import (
     as_in_base,
+    check_config,
+    check_constants,
     constants,
     new_parameters,
     vocabulary_of_base,
@@ -407,6 +409,8 @@ class SuperTransformer(nn.Module):
         if odd := [key for key in own if saved[key] != own[key]]:
             raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
         check_base(self.fingerprint(), state.fingerprint, self.model.dtype, state.base_name, path)
+        check_config(self.model.config.to_dict(), state.config, path)
+        check_constants(self.base_constants, state.constants, self.model.dtype, path)
         if state.permutation != self.permutation:
             self.apply_permutation(difference(self.permutation, state.permutation))
             self.permutation = state.permutation

@@ -1,4 +1,4 @@
-"""The Hugging Face model's own ways to save, called on an elastic one: a right checkpoint of the active size, or none."""
+"""The Hugging Face model's own ways to save, of an elastic one: a right checkpoint of the active size, or none."""
 
 from collections.abc import Callable
 from pathlib import Path
