@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from mlfs.elastic.quantisers import NeverQuantised
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
@@ -25,7 +26,7 @@ class Axes(NamedTuple):
     outputs: tuple[OutputPart, ...]
 
 
-class Elastic(nn.Module):
+class Elastic(NeverQuantised):
     """Holds what the elastic layers share: the parameters of the layer they came from, and the subnet they follow.
 
     Attributes:
@@ -60,17 +61,6 @@ class Elastic(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(trains)
-
-    @property
-    def qconfig(self) -> None:
-        """None; PyTorch's quantisation, which would pass an elastic layer over, sets it to what it is to do."""
-        return None
-
-    @qconfig.setter
-    def qconfig(self, value: object) -> None:
-        raise MLFSError(
-            f"a {type(self).__name__} cannot be quantised: quantise the plain model or layer that extract(...) makes"
-        )
 
     def plain(self, **parameters: Tensor | None) -> nn.Module:
         """Makes a module of the class this one was made from, holding `parameters`."""

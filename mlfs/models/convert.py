@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
@@ -74,9 +75,13 @@ def _elastic_modules(
     entries = _entries(model, family, dims)
     elastic: dict[str, Elastic] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Elastic):
-            raise MLFSError("this model is elastic already: use its SuperTransformer, or load the model anew")
+        _refuse_what_is_not_plain(name, module)
         if all(parameter is None for parameter in module._parameters.values()):
+            if name in entries:
+                raise MLFSError(
+                    f"module {name!r} ({type(module).__name__}) has no parameters: its weights are quantised or kept "
+                    "otherwise; load the model in fp32, bf16 or fp16"
+                )
             continue
         if name not in entries:
             raise MLFSError(
@@ -91,6 +96,28 @@ def _elastic_modules(
         except MLFSError as error:
             raise MLFSError(f"{name}: {error}") from None
     return elastic
+
+
+def _refuse_what_is_not_plain(name: str, module: nn.Module) -> None:
+    """Raises MLFSError for a module that is elastic already, or that another library has put in."""
+    if isinstance(module, Elastic):
+        raise MLFSError("this model is elastic already: use its SuperTransformer, or load the model anew")
+    if type(module).__module__.partition(".")[0] == "peft":
+        raise MLFSError(
+            f"PEFT's adapters are in this model ({type(module).__name__}): take the plain model that "
+            "peft_model.merge_and_unload() returns (of prompt tuning: get_base_model())"
+        )
+    for key, parameter in module._parameters.items():
+        if parameter is not None and not _is_plain(parameter):
+            raise MLFSError(
+                f"parameter {name}.{key} is {type(parameter.data).__name__}, not a plain tensor of floating-point "
+                "numbers: load the model in fp32, bf16 or fp16, neither quantised nor distributed"
+            )
+
+
+def _is_plain(parameter: Any) -> bool:
+    # a meta or fake tensor stands for a plain one
+    return type(parameter.data) in (Tensor, nn.Parameter, FakeTensor) and parameter.is_floating_point()
 
 
 def _entries(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[str, tuple[Module, int | None]]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mlfs.elastic.quantisers import NeverQuantised
 from mlfs.errors import MLFSError
 from mlfs.supernet.record import NAME, Record
 
 
-class ElasticModel:
+class ElasticModel(NeverQuantised):
     """The Hugging Face model inside a super-transformer: what is asked of it means the active subnet, or is refused.
 
     Every class that `hold` makes has this one among its bases.
@@ -68,7 +69,7 @@ class ElasticModel:
         Raises:
             MLFSError: another number of tokens.
         """
-        embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
+        embeddings: Any = self.get_input_embeddings()  # type: ignore[operator]
         if new_num_tokens not in (None, embeddings.num_embeddings):
             raise MLFSError(
                 f"resize_token_embeddings({new_num_tokens}): the model has {embeddings.num_embeddings} tokens and is "
@@ -82,12 +83,26 @@ class ElasticModel:
 
     load_adapter = add_adapter
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """Collects the state as a plain model does, but a tied tensor once, under its first name.
+
+        safetensors, by which a Trainer saves what is no PreTrainedModel, takes no tensor twice.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
+        for name, first in self._record().ties.items():
+            if self.get_parameter(name) is self.get_parameter(first):  # type: ignore[attr-defined]
+                state.pop(prefix + name, None)
+        return state
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self._record().check(state_dict, prefix)
+        for name, first in self._record().ties.items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + first])
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def _record(self) -> Record:
-        return self._modules[NAME]  # type: ignore[attr-defined,no-any-return]
+        return self._modules[NAME]  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_held, (self._own_class,), vars(self)
@@ -124,7 +139,7 @@ def show_signature(supernet: Any) -> None:
     supernet.__class__ = _signed_class(own_class, type(supernet.model)._own_class)
 
 
-class Signed:
+class Signed(NeverQuantised):
     """The mark of a super-transformer's class whose `forward` has the signature of its model's."""
 
     _made_of: tuple[type, type[PreTrainedModel]]

@@ -33,6 +33,7 @@ class Record(nn.Module):
     """Holds as tensors which stages of a super-transformer have trained, the order of its units, and what is its own.
 
     Attributes:
+        ties: for each tied parameter's further names, the first.
         settings: (4, 8) uint8, the beginnings of the hashes of space, rank, stages and alpha, which must be the same
             where the state is loaded.
         trained_stages: () float32. A float, as averages of weights change it little by little and cut integers off.
@@ -52,14 +53,14 @@ class Record(nn.Module):
     ffn: Tensor
     _supernet: Any
     _names: list[str]
-    _ties: dict[str, str]
+    ties: dict[str, str]
     _seen: Tensor
     _seen_version: int | None
 
     def __init__(self, supernet: Any) -> None:
         super().__init__()
         self.__dict__["_supernet"] = supernet  # in the dictionary: the super-transformer is no part of its record
-        self.__dict__["_names"], self.__dict__["_ties"] = _names(supernet.model)
+        self.__dict__["_names"], self.__dict__["ties"] = _names(supernet.model)
         dims, count = supernet.dimensions, len(self._names)
         shapes = {
             "hidden": (dims.hidden,),
@@ -179,14 +180,18 @@ class Record(nn.Module):
                 # of an average a whole number is off by rounding, and copying it would cut that off
                 state_dict[prefix + name] = _whole(state_dict[prefix + name], buffer.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        model = self._supernet.model
-        for name, first in self._ties.items():
-            # assign=True gives each name a parameter of its own; reordered, what they share would move twice
-            module, _, key = name.rpartition(".")
-            model.get_submodule(module)._parameters[key] = model.get_parameter(first)
+        if args[0].get("assign_to_params_buffers"):  # the local metadata
+            self._tie()
         self.read()
 
     # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _tie(self) -> None:
+        """Ties again what assign=True has given a parameter each: reordered, tensors they share would move twice."""
+        model = self._supernet.model
+        for name, first in self.ties.items():
+            module, _, key = name.rpartition(".")
+            model.get_submodule(module)._parameters[key] = model.get_parameter(first)
 
     def _put(self, name: str, value: Any) -> None:
         """Copies numbers into a buffer, unless they are there already."""

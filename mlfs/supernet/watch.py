@@ -21,8 +21,8 @@ _WATCHED: MutableMapping[nn.Module, int] = weakref.WeakKeyDictionary()  # the st
 def watch_next_optimizer(supernet: Any) -> None:
     """Checks the steps of optimizers from now on, until one moves the stage that trains; then no more.
 
-    A step raises MLFSError if its optimizer holds frozen parameters of the super-transformer (another stage's, or the
-    base's) and none of the stage that trains; optimizers of other parameters, such as a task head's alone, pass.
+    A step raises MLFSError if its optimizer holds other stages of the super-transformer and not the one that trains.
+    One that holds no stage at all, such as a task head's, passes.
     """
     _WATCHED.pop(supernet, None)
     if supernet.stage is not None:
@@ -35,13 +35,18 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for supernet, stage in list(_WATCHED.items()):
         layers = [layer for layer in supernet.modules() if isinstance(layer, ElasticLinear) and layer.stages]
-        if any(id(layer.lora_B[stage]) in held for layer in layers):
+        stages = {s for layer in layers for s in range(layer.stages) if held & _ids_of(layer, s)}
+        if stage in stages:
             del _WATCHED[supernet]
-        elif any(id(p) in held for p in supernet.parameters() if not p.requires_grad):
+        elif stages:
             raise MLFSError(
-                f"this {type(optimizer).__name__} holds parameters that do not train and none of stage {stage}, which "
-                f"trains: make a new optimizer after train_stage({stage}), or one of all of model.parameters() at once"
+                f"this {type(optimizer).__name__} holds stage {min(stages)} and not stage {stage}, which trains: make "
+                f"a new optimizer after train_stage({stage}), or one of all of model.parameters()"
             )
+
+
+def _ids_of(layer: ElasticLinear, stage: int) -> set[int]:
+    return {id(layer.lora_A[stage]), id(layer.lora_B[stage])}
 
 
 register_optimizer_step_pre_hook(_check_step)
