@@ -77,7 +77,7 @@ def _elastic_modules(
     for name, module in model.named_modules():
         _refuse_what_is_not_plain(name, module)
         if all(parameter is None for parameter in module._parameters.values()):
-            if name in entries:
+            if name in entries and not any(True for _ in module.parameters()):
                 raise MLFSError(
                     f"module {name!r} ({type(module).__name__}) has no parameters: its weights are quantised or kept "
                     "otherwise; load the model in fp32, bf16 or fp16"

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mlfs.errors import MLFSError
-from mlfs.models.pretrained import find_model
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, fingerprint
 
 # Fields of a configuration that do not change what a forward pass without dropout computes from the same weights.
@@ -34,23 +33,20 @@ def new_parameters(model: PreTrainedModel) -> set[str]:
     return unmarked if len(unmarked) < sum(1 for _ in model.parameters()) else set()
 
 
-def vocabulary_of_base(name: str | None, model: PreTrainedModel) -> int | None:
+def vocabulary_of_base(model: PreTrainedModel) -> int | None:
     """Finds how many tokens the base had, if `model` has more or fewer since its embeddings were resized.
 
-    Args:
-        name: a Hub name, of which only files that are here already are read, or a folder.
+    Reads the configuration in the folder, or among the Hub's files that are here already, that it was loaded from.
 
     Returns:
         None if it is as many as `model` has, or cannot be known.
     """
+    name = model.name_or_path
     if not name or not hasattr(model.config, "vocab_size"):
         return None
-    revision = getattr(model.config, "_commit_hash", None)
-    place = find_model(name)
-    if Path(place).is_dir():
-        revision = None
+    revision = None if Path(name).is_dir() else getattr(model.config, "_commit_hash", None)
     try:
-        config, _ = type(model.config).get_config_dict(place, revision=revision, local_files_only=True)
+        config, _ = type(model.config).get_config_dict(name, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return None
     count = config.get("vocab_size")

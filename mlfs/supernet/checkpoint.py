@@ -82,7 +82,16 @@ class SavedState:
     @property
     def config_of_base(self) -> dict[str, Any]:
         """The configuration that the base's own checkpoint loads under."""
-        return self.config | ({"vocab_size": self.vocabulary} if self.vocabulary else {})
+        count = self.vocabulary
+        if count is None:
+            return self.config
+        return self.config | {name: None for name, i in self.token_ids.items() if i >= count} | {"vocab_size": count}
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """The tokens that the configuration names, such as the one for padding."""
+        named = {name: i for name, i in self.config.items() if name.endswith("_token_id")}
+        return {name: i for name, i in named.items() if isinstance(i, int)}
 
 
 def write_state(state: SavedState, path: Path) -> None:

@@ -63,19 +63,29 @@ class ElasticModel(NeverQuantised):
                 )
         return supernet.extract(supernet.active)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Returns the input embeddings, where they have that many tokens already.
 
         Raises:
             MLFSError: another number of tokens.
         """
         embeddings: Any = self.get_input_embeddings()  # type: ignore[operator]
-        if new_num_tokens not in (None, embeddings.num_embeddings):
-            raise MLFSError(
-                f"resize_token_embeddings({new_num_tokens}): the model has {embeddings.num_embeddings} tokens and is "
-                "elastic; add tokens and resize before SuperTransformer(model), which keeps the new rows with the run"
-            )
+        have = embeddings.weight.shape[0]
+        wanted = have if new_num_tokens is None else new_num_tokens
+        if wanted != have or have % (pad_to_multiple_of or 1):
+            self.set_input_embeddings()
         return embeddings
+
+    def set_input_embeddings(self, *_: Any) -> None:
+        """Raises MLFSError: the embeddings are elastic, and stay."""
+        raise MLFSError(
+            "the embeddings of a super-transformer cannot be resized or replaced: add tokens and resize before "
+            "SuperTransformer(model), which keeps the new rows with the run"
+        )
+
+    set_output_embeddings = set_input_embeddings
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises MLFSError: the stages are the adapters."""

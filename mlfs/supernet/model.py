@@ -87,7 +87,7 @@ class SuperTransformer(nn.Module):
         self.rank, self.stages, self.alpha = rank, stages, alpha
         self.base_name = model.name_or_path if base_name is None else base_name
         self.permutation: Permutation = {}
-        self.base_vocabulary = vocabulary_of_base(self.base_name, model)
+        self.base_vocabulary = vocabulary_of_base(model)
         self.new_parameters = new_parameters(model)
         self.base_constants = constants(model)
         self.stage: int | None = 0 if stages and rank else None
@@ -389,6 +389,7 @@ class SuperTransformer(nn.Module):
         found = check_whole_base(model, state, path)  # before the conversion: a base that is refused stays as it was
         if state.vocabulary:
             model.resize_token_embeddings(state.config["vocab_size"], mean_resizing=False)
+            model.config.update(state.token_ids)
         space = SearchSpace.from_dict(state.space)
         supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
         supernet.base_vocabulary, supernet._fingerprint = state.vocabulary, found

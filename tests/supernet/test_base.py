@@ -10,7 +10,7 @@ import transformers as tf
 
 from mlfs import MLFSError, SuperTransformer
 from mlfs.elastic.base import Elastic
-from tests.helpers.runs import exportable, load, logits, tensors_file
+from tests.helpers.runs import exportable, load, logits, same_tensors, stored
 from tests.supernets import distance, elastic, perturb, space_of, subnets_of
 from tests.tiny_models import CASES, inputs, logits_of, make
 
@@ -47,7 +47,7 @@ def test_weights_that_loading_draws_belong_to_the_run(name, saved, loaded, tmp_p
         for subnet in list(subnets_of(name).values())[:4]:
             assert torch.equal(logits(twin, subnet), logits(supernet, subnet))
     twins[-1].save_pretrained(tmp_path / "again")
-    assert tensors_file(tmp_path / "again").read_bytes() == tensors_file(tmp_path / "run").read_bytes()
+    assert same_tensors(stored(tmp_path / "again"), stored(tmp_path / "run"))
     small = exportable(name)[1]
     twins[0].extract(small).save_pretrained(tmp_path / "small")
     with torch.no_grad():
