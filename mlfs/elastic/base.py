@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mlfs.elastic.quantisers import NeverQuantised
+from mlfs.elastic.guard import Guarded
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
@@ -26,7 +26,7 @@ class Axes(NamedTuple):
     outputs: tuple[OutputPart, ...]
 
 
-class Elastic(NeverQuantised):
+class Elastic(Guarded):
     """Holds what the elastic layers share: the parameters of the layer they came from, and the subnet they follow.
 
     Attributes:

@@ -1,6 +1,5 @@
 """A Hugging Face model whose subnets share its weights: the model, the order of its units, and how it is saved."""
 
-from mlfs.supernet import peft  # noqa: F401  its hook
 from mlfs.supernet.model import SuperTransformer
 
 __all__ = ["SuperTransformer"]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mlfs.elastic.quantisers import NeverQuantised
+from mlfs.elastic.guard import Guarded, why_no_peft
 from mlfs.errors import MLFSError
 from mlfs.supernet.record import NAME, Record
 
 
-class ElasticModel(NeverQuantised):
+class ElasticModel(Guarded):
     """The Hugging Face model inside a super-transformer: what is asked of it means the active subnet, or is refused.
 
     Every class that `hold` makes has this one among its bases.
@@ -89,7 +89,7 @@ class ElasticModel(NeverQuantised):
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises MLFSError: the stages are the adapters."""
-        raise MLFSError(refuses_peft())
+        raise MLFSError(why_no_peft())
 
     load_adapter = add_adapter
 
@@ -149,21 +149,13 @@ def show_signature(supernet: Any) -> None:
     supernet.__class__ = _signed_class(own_class, type(supernet.model)._own_class)
 
 
-class Signed(NeverQuantised):
+class Signed(Guarded):
     """The mark of a super-transformer's class whose `forward` has the signature of its model's."""
 
     _made_of: tuple[type, type[PreTrainedModel]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_signed, self._made_of, vars(self)
-
-
-def refuses_peft() -> str:
-    """Says what to do instead of adding PEFT's adapters to a super-transformer."""
-    return (
-        "PEFT's adapters cannot be added to a super-transformer, whose stages are low-rank adapters: train these "
-        "(train_stage), or give PEFT the plain model that extract(subnet) makes"
-    )
 
 
 @functools.cache
