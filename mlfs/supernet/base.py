@@ -93,7 +93,7 @@ def constants(model: PreTrainedModel) -> dict[str, Any]:
     found: dict[str, Any] = dict(fingerprint(buffers))
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, float) and not key.startswith("_") and not _is_dropout(key):
+            if isinstance(value, float) and value == value and not key.startswith("_") and not _is_dropout(key):
                 found[f"{name}.{key}" if name else key] = value
     return found
 

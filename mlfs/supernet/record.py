@@ -25,6 +25,12 @@ from mlfs.supernet.permutation import Permutation
 NAME = "mlfs_record"  # of the record among the model's modules
 _SETTINGS = ("space", "rank", "stages", "alpha")
 _BASE, _OWNED, _NEW = range(3)  # whose a parameter is: the base's, a module's that the run owns, new with the run
+_AXES = ("hidden", "heads", "ffn")
+_NO_ORDER = (
+    "the state's order of the units is none: it is damaged, or an average of states with different orders; average "
+    "only states that were ordered alike"
+)
+_TOLERANCE = 0.01  # of a bit that was averaged with its like; an average that differs by less is of one order's weights
 # Above it an average of two numbers of stages counts as the larger one: of its weights that stage is a part.
 _ROUNDING = 1e-3
 
@@ -41,6 +47,8 @@ class Record(nn.Module):
         fingerprint: (parameters, 3, 8) uint8, the hashes of the base's; zeros where it is as it was loaded.
         vocabulary: () int32, how many tokens the base has; 0 where it is as many as the model.
         hidden, heads, ffn: (units,), (layers, groups of heads) and (layers, units) int32, the order of the units.
+        order_bits: (64,) float32, bits of the hash of that order. Of an average over several orders they are no bits,
+            even if it averaged only what floats, as most do, and took the last order as it is.
     """
 
     settings: Tensor
@@ -51,6 +59,7 @@ class Record(nn.Module):
     hidden: Tensor
     heads: Tensor
     ffn: Tensor
+    order_bits: Tensor
     _supernet: Any
     _names: list[str]
     ties: dict[str, str]
@@ -73,6 +82,7 @@ class Record(nn.Module):
             "ownership": torch.zeros(count),
             "fingerprint": torch.zeros(count, len(FINGERPRINT_DTYPES), 8, dtype=torch.uint8),
             "vocabulary": torch.zeros((), dtype=torch.int32),
+            "order_bits": torch.zeros(64),
         }
         for axis, shape in shapes.items():
             values[axis] = torch.tensor(_orders({}, axis, shape), dtype=torch.int32)
@@ -102,8 +112,9 @@ class Record(nn.Module):
         self._put("ownership", ownership)
         self._put("fingerprint", rows)
         self._put("vocabulary", supernet.base_vocabulary or 0)
-        for axis in ("hidden", "heads", "ffn"):
+        for axis in _AXES:
             self._put(axis, _orders(supernet.permutation, axis, self.get_buffer(axis).shape))
+        self._put("order_bits", self._bits_of_order())
         self._note()
 
     def refresh(self) -> None:
@@ -138,7 +149,7 @@ class Record(nn.Module):
             if isinstance(module, Elastic):
                 module.owned = _OWNED in (whose.get(f"{name}.weight"), whose.get(f"{name}.bias"))
             if isinstance(module, ElasticLinear) and module.stages:
-                module.trained_stages = max(trained, module.first_untrained())
+                module.trained_stages = max(trained, module.stages_begun())
         self._note()
 
     # ---- in and out of state dicts --------------------------------------------------------------------------------
@@ -208,18 +219,24 @@ class Record(nn.Module):
     def _permutation(self) -> Permutation:
         """Reads the order of the units; axes in their first order are left out."""
         permutation: Permutation = {}
-        for axis in ("hidden", "heads", "ffn"):
+        if any(
+            abs(bit - right) > _TOLERANCE
+            for bit, right in zip(self.order_bits.tolist(), self._bits_of_order(), strict=True)
+        ):
+            raise MLFSError(_NO_ORDER)
+        for axis in _AXES:
             orders = self.get_buffer(axis).tolist()
             rows = {None: orders} if axis == "hidden" else dict(enumerate(orders))
             for layer, order in rows.items():
                 if sorted(order) != list(range(len(order))):
-                    raise MLFSError(
-                        f"the state's order of {axis} (layer {layer}) is none: it is damaged, or an average of states "
-                        "with different orders; average only states that were ordered alike"
-                    )
+                    raise MLFSError(_NO_ORDER)
                 if order != sorted(order):
                     permutation[axis, layer] = order
         return permutation
+
+    def _bits_of_order(self) -> list[float]:
+        digest = _digest([self.get_buffer(axis).tolist() for axis in _AXES])
+        return [float(byte >> place & 1) for byte in digest for place in range(8)]
 
     def _hashes(self, whose: Mapping[str, int]) -> Fingerprint | None:
         """Reads the fingerprint; None if it has not been computed."""
