@@ -100,9 +100,15 @@ class ElasticModel(Guarded):
         """
         state = super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
         for name, first in self._record().ties.items():
-            if self.get_parameter(name) is self.get_parameter(first):  # type: ignore[attr-defined]
+            if self._are_tied(name, first):
                 state.pop(prefix + name, None)
         return state
+
+    def _are_tied(self, name: str, first: str) -> bool:
+        try:
+            return self.get_parameter(name) is self.get_parameter(first)
+        except AttributeError:  # a wrapper, such as FSDP's, stands between
+            return False
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self._record().check(state_dict, prefix)

@@ -112,9 +112,10 @@ class Record(nn.Module):
         self._put("ownership", ownership)
         self._put("fingerprint", rows)
         self._put("vocabulary", supernet.base_vocabulary or 0)
-        for axis in _AXES:
-            self._put(axis, _orders(supernet.permutation, axis, self.get_buffer(axis).shape))
-        self._put("order_bits", self._bits_of_order())
+        orders = {axis: _orders(supernet.permutation, axis, self.get_buffer(axis).shape) for axis in _AXES}
+        for axis, values in orders.items():
+            self._put(axis, values)
+        self._put("order_bits", _bits_of(orders))
         self._note()
 
     def refresh(self) -> None:
@@ -218,25 +219,19 @@ class Record(nn.Module):
 
     def _permutation(self) -> Permutation:
         """Reads the order of the units; axes in their first order are left out."""
-        permutation: Permutation = {}
-        if any(
-            abs(bit - right) > _TOLERANCE
-            for bit, right in zip(self.order_bits.tolist(), self._bits_of_order(), strict=True)
-        ):
+        orders = {axis: self.get_buffer(axis).tolist() for axis in _AXES}
+        pairs = zip(self.order_bits.tolist(), _bits_of(orders), strict=True)
+        if any(abs(found - right) > _TOLERANCE for found, right in pairs):
             raise MLFSError(_NO_ORDER)
-        for axis in _AXES:
-            orders = self.get_buffer(axis).tolist()
-            rows = {None: orders} if axis == "hidden" else dict(enumerate(orders))
+        permutation: Permutation = {}
+        for axis, values in orders.items():
+            rows = {None: values} if axis == "hidden" else dict(enumerate(values))
             for layer, order in rows.items():
                 if sorted(order) != list(range(len(order))):
                     raise MLFSError(_NO_ORDER)
                 if order != sorted(order):
                     permutation[axis, layer] = order
         return permutation
-
-    def _bits_of_order(self) -> list[float]:
-        digest = _digest([self.get_buffer(axis).tolist() for axis in _AXES])
-        return [float(byte >> place & 1) for byte in digest for place in range(8)]
 
     def _hashes(self, whose: Mapping[str, int]) -> Fingerprint | None:
         """Reads the fingerprint; None if it has not been computed."""
@@ -279,6 +274,11 @@ def _orders(permutation: Permutation, axis: str, shape: Sequence[int]) -> list[A
     if axis == "hidden":
         return permutation.get((axis, None), whole)
     return [permutation.get((axis, layer), whole) for layer in range(shape[0])]
+
+
+def _bits_of(orders: Mapping[str, list[Any]]) -> list[float]:
+    """Spells the hash of all orders out as 64 zeros and ones."""
+    return [float(byte >> place & 1) for byte in _digest(orders) for place in range(8)]
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:

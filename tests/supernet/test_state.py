@@ -152,6 +152,17 @@ def test_whoever_carries_the_state_carries_all_of_it(name, suffix, carry, tmp_pa
     assert_equal(twin, supernet, name, tmp_path / "run")
 
 
+def test_a_model_without_memory_takes_a_state():
+    """Made on the meta device, as large models are, and given its tensors by the state."""
+    supernet = trained("llama-tied", "ForCausalLM")
+    with torch.device("meta"):
+        plain = tf.LlamaForCausalLM(CASES["llama-tied"].config())
+        twin = SuperTransformer(plain, space_of("llama-tied", per_layer=True), rank=4, alpha=8.0).eval()
+    twin.load_state_dict({key: value.clone() for key, value in supernet.state_dict().items()}, assign=True)
+    twin.model.model.rotary_emb = supernet.model.model.rotary_emb  # whose buffer is in no state
+    assert_equal(twin, supernet, "llama-tied")
+
+
 def _give_effect(supernet: SuperTransformer, stage: int, seed: int) -> None:
     """Lets a stage train, and gives it the effect of some steps."""
     supernet.train_stage(stage)
