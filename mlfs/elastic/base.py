@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from mlfs.elastic.guard import Guarded
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
@@ -25,12 +26,13 @@ class Axes(NamedTuple):
     outputs: tuple[OutputPart, ...]
 
 
-class Elastic(nn.Module):
+class Elastic(Guarded):
     """Holds what the elastic layers share: the parameters of the layer they came from, and the subnet they follow.
 
     Attributes:
         owned: whether its own weight and bias belong to the run, as those of a task head or of a norm that trained do,
             and are saved with it.
+        is_head: whether it is a head that is new for the task.
     """
 
     weight: nn.Parameter
@@ -44,7 +46,7 @@ class Elastic(nn.Module):
         self._template = (_without_parameters(module),)  # in a tuple: not a submodule
         self._scope: Scope | None = None
         self._extents: tuple[AxisSize, ...] = ()  # the axis of each fused part of the output
-        self.owned = False
+        self.owned = self.is_head = False
 
     def bind(self, scope: Scope, *extents: AxisSize) -> None:
         """Lets the active subnet of `scope` give the sizes, along one axis for each fused part."""

@@ -264,6 +264,22 @@ class ElasticLinear(Elastic):
         yield from self.lora_A.named_parameters("lora_A")
         yield from self.lora_B.named_parameters("lora_B")
 
+    def stages_begun(self) -> int:
+        """Counts the stages up to the last one that trains now."""
+        return max((s + 1 for s, b in enumerate(self.lora_B) if b.requires_grad), default=0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads weight and bias, and counts the stages that have an effect; their own tensors load after this."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.merge_stages(0)  # a merged copy would be that of what was here before
+        trained = self.stages_begun()
+        for s in range(self.stages):
+            b = state_dict.get(f"{prefix}lora_B.{s}")
+            has_effect = s < self.trained_stages if b is None or b.is_meta else bool(b.any())
+            if has_effect:
+                trained = max(trained, s + 1)
+        self.trained_stages = trained
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, stages={self.stages}"

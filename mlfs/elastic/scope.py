@@ -39,5 +39,6 @@ class Scope:
             self._active.reset(token)
             self._traced = outer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
-        return Scope(self.default)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy, in this process or another, is nobody's yet: what is active belongs to a thread of this one
+        return Scope, (self.default,)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
@@ -14,8 +16,7 @@ from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
 from mlfs.models.families.spec import Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
 from mlfs.models.follow import Forward, follow
-from mlfs.models.fused.forward import check_kind, fused_forward
-from mlfs.models.fused.padding import ragged_encoder
+from mlfs.models.fused.forward import check_kind, encoder_forward, fused_forward
 from mlfs.space.dimensions import AxisSize, Dimensions
 
 
@@ -59,7 +60,8 @@ def make_elastic(
     fused = [_follow_in_layer(layer, i, family, dims, scope) for i, layer in enumerate(layers)]
     if family.encoder and all(_attends_within_ranges(family, forwards) for forwards in fused):
         encoder = model.base_model.get_submodule(family.encoder)
-        follow(encoder, scope, {}, forward=ragged_encoder(type(encoder).forward))
+        own_class: Any = type(encoder)
+        follow(encoder, scope, {}, forward=encoder_forward(own_class))
     return layers
 
 
@@ -73,9 +75,13 @@ def _elastic_modules(
     entries = _entries(model, family, dims)
     elastic: dict[str, Elastic] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Elastic):
-            raise MLFSError("this model is elastic already: use its SuperTransformer, or load the model anew")
+        _refuse_what_is_not_plain(name, module)
         if all(parameter is None for parameter in module._parameters.values()):
+            if name in entries and not any(True for _ in module.parameters()):
+                raise MLFSError(
+                    f"module {name!r} ({type(module).__name__}) has no parameters: its weights are quantised or kept "
+                    "otherwise; load the model in fp32, bf16 or fp16"
+                )
             continue
         if name not in entries:
             raise MLFSError(
@@ -90,6 +96,28 @@ def _elastic_modules(
         except MLFSError as error:
             raise MLFSError(f"{name}: {error}") from None
     return elastic
+
+
+def _refuse_what_is_not_plain(name: str, module: nn.Module) -> None:
+    """Raises MLFSError for a module that is elastic already, or that another library has put in."""
+    if isinstance(module, Elastic):
+        raise MLFSError("this model is elastic already: use its SuperTransformer, or load the model anew")
+    if type(module).__module__.partition(".")[0] == "peft":
+        raise MLFSError(
+            f"PEFT's adapters are in this model ({type(module).__name__}): take the plain model that "
+            "peft_model.merge_and_unload() returns (of prompt tuning: get_base_model())"
+        )
+    for key, parameter in module._parameters.items():
+        if parameter is not None and not _is_plain(parameter):
+            raise MLFSError(
+                f"parameter {name}.{key} is {type(parameter.data).__name__}, not a plain tensor of floating-point "
+                "numbers: load the model in fp32, bf16 or fp16, neither quantised nor distributed"
+            )
+
+
+def _is_plain(parameter: Any) -> bool:
+    # a meta or fake tensor stands for a plain one
+    return type(parameter.data) in (Tensor, nn.Parameter, FakeTensor) and parameter.is_floating_point()
 
 
 def _entries(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[str, tuple[Module, int | None]]:
@@ -130,7 +158,7 @@ def _elastic_linear(
 ) -> ElasticLinear:
     rank = adapters.rank if spec.adapter else 0
     made = ElasticLinear.from_linear(module, rank, adapters.stages, adapters.alpha, train_base=spec.task)
-    made.owned = spec.task
+    made.owned = made.is_head = spec.task
     writes = spec.writes if isinstance(spec.writes, tuple) else (spec.writes,)
     outputs = [_axis_size(axis, dims, layer, spec.per_head) for axis in writes if axis is not None]
     reads = _axis_size(spec.reads, dims, layer) if spec.reads else None

@@ -2,7 +2,8 @@
 
 `follow` swaps the class of such a module, once, for a subclass of its own class and of `FollowsSubnet`; `settle` swaps
 it back on a copy that is extracted. The subclass is made at run time, so that the module stays what it was to everyone
-else (isinstance, names, hooks).
+else (isinstance, names, hooks). No name leads to such a class, so a pickle says what it is made of, and whoever reads
+it makes the class anew.
 """
 
 import functools
@@ -24,7 +25,12 @@ class FollowsSubnet:
     """A module of a model that follows the active subnet: the mark of every class that `follow` makes."""
 
     _own_class: type[nn.Module]  # the class the module had, and will have when it is settled
+    _made_of: tuple[Any, ...]  # the arguments of `_following_class`
     _following: "_Following"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        own_class, forward, attributes, is_layer = self._made_of
+        return _new_following, (own_class, getattr(forward, "remake", forward), attributes, is_layer), vars(self)
 
 
 class _Following(NamedTuple):
@@ -78,12 +84,30 @@ def settle(module: nn.Module, sizes: LayerSizes) -> None:
         setattr(module, name, size(sizes))
 
 
+def remade_by(forward: Forward, build: Callable[..., Forward], *values: Any) -> Forward:
+    """Notes on a forward pass that another process makes the like of it by `build(*values)`, which a pickle can state.
+
+    Returns:
+        `forward`. Without the note a pickle names it as a function of its module, which one made at run time is not.
+    """
+    forward.remake = functools.partial(build, *values)  # type: ignore[attr-defined]
+    return forward
+
+
+def _new_following(own_class: Any, forward: Forward | None, attributes: tuple[str, ...], is_layer: bool) -> nn.Module:
+    """Makes a module that follows, as yet without its state: the first half of reading a pickle."""
+    if isinstance(forward, functools.partial):
+        forward = forward()
+    return object.__new__(_following_class(own_class, forward, attributes, is_layer))
+
+
 @functools.cache
 def _following_class(
     own_class: type[nn.Module], forward: Forward | None, attributes: tuple[str, ...], is_layer: bool
 ) -> type[nn.Module]:
     """Makes the class of modules that follow, one for all modules that need the same."""
     namespace: dict[str, Any] = {name: _size_property(name) for name in attributes}
+    namespace["_made_of"] = (own_class, forward, attributes, is_layer)
     if is_layer:
         namespace["__call__"] = _call_or_skip
         forward = _under_its_subnet(forward or own_class.forward)

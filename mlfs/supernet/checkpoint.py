@@ -3,12 +3,14 @@
 `mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
 one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
 
-Format 2 keeps the permutation as int32 tensors; format 1, which had it in the JSON, is still read.
+Format 3 says what the base computes with beside its parameters, and how many tokens it has if the model has others;
+and it may own single parameters, not only modules. Format 2, without these, and format 1, which had the permutation in
+the JSON instead of int32 tensors, are still read.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
 CONFIG_NAME = "mlfs.json"
-FORMAT = 2
+FORMAT = 3
 _PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
 _FIELDS = {
     "format",
@@ -53,9 +55,12 @@ class SavedState:
         space: the search space, as `SearchSpace.to_dict` gives it.
         rank, stages, alpha: of the low-rank stages.
         trained_stages: how many stages have ever trained.
-        owned: names of the modules whose weights belong to the run, not to the base (task heads, trained norms).
+        owned: names of what belongs to the run, not to the base: modules (task heads, trained norms), and parameters
+            that the base's checkpoint did not have.
         permutation: the order of the units, against the base.
         parameters: what belongs to the run (the stages, and the weights of `owned`), by the model's names.
+        constants: what the base computes with beside its parameters; see `mlfs.supernet.base`.
+        vocabulary: how many tokens the base has; None if it is as many as the model.
     """
 
     base_name: str | None
@@ -72,6 +77,22 @@ class SavedState:
     owned: list[str]
     permutation: Permutation
     parameters: Mapping[str, Tensor]
+    constants: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int | None = None
+
+    @property
+    def config_of_base(self) -> dict[str, Any]:
+        """The configuration that the base's own checkpoint loads under."""
+        count = self.vocabulary
+        if count is None:
+            return self.config
+        return self.config | {name: None for name, i in self.token_ids.items() if i >= count} | {"vocab_size": count}
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """The tokens that the configuration names, such as the one for padding."""
+        named = {name: i for name, i in self.config.items() if name.endswith("_token_id")}
+        return {name: i for name, i in named.items() if isinstance(i, int)}
 
 
 def write_state(state: SavedState, path: Path) -> None:
@@ -90,6 +111,8 @@ def write_state(state: SavedState, path: Path) -> None:
             "hub_name": state.hub_name,
             "revision": state.revision,
             "fingerprint": state.fingerprint,
+            "constants": state.constants,
+            "vocabulary": state.vocabulary,
         },
         "architecture": state.architecture,
         "space": state.space,
@@ -145,6 +168,8 @@ def read_state(path: Path) -> SavedState:
         trained_stages=values["trained_stages"],
         permutation=permutation,
         parameters=tensors,
+        constants=base.get("constants", {}),
+        vocabulary=base.get("vocabulary"),
         **copied,
     )
 
@@ -169,7 +194,7 @@ def read_values(path: Path) -> dict[str, Any]:
     needed = _FIELDS
     if form == 1:
         needed = _FIELDS - {"trained_stages"} | {"live_stages", "permutation"}
-    if form is not None and form not in (1, FORMAT):  # which may have other fields
+    if form is not None and form not in range(1, FORMAT + 1):  # which may have other fields
         raise MLFSError(f"{path} has format {form}, this version reads 1 to {FORMAT}: use the version that wrote it")
     if missing := needed - set(values):
         raise MLFSError(f"{path / CONFIG_NAME} lacks {sorted(missing)}: it is damaged; restore it or train anew")

@@ -12,6 +12,7 @@ from mlfs.models.configuration import small_config
 from mlfs.models.families.spec import Family
 from mlfs.models.follow import settle
 from mlfs.space.dimensions import Dimensions, LayerSizes
+from mlfs.supernet.classes import leave_out_of_copies, release
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def extract(
     assert isinstance(layers, nn.ModuleList)
     # deepcopy keeps every reference inside the model right; the memo puts smaller modules where elastic ones stand.
     memo: dict[int, Any] = {id(model.config): small_config(model.config, subnet, family, dims)}
+    memo |= leave_out_of_copies(model)
     dropped = tuple(f"{layers_name}.{i}." for i in range(dims.layers) if i not in subnet.layers)
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and not name.startswith(dropped):
@@ -40,6 +42,7 @@ def extract(
     kept = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in subnet.layers)
     memo[id(layers)] = kept
     small = copy.deepcopy(model, memo)
+    release(small)
     for module in small.modules():
         settle(module, sizes)
     for i, layer in enumerate(kept):

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
@@ -23,11 +22,23 @@ from mlfs.models.pretrained import hub_name, load_base, recorded_name
 from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
+from mlfs.supernet.base import (
+    as_in_base,
+    check_config,
+    check_constants,
+    constants,
+    new_parameters,
+    vocabulary_of_base,
+    vocabulary_parameters,
+)
+from mlfs.supernet.bound import BoundSubnet
 from mlfs.supernet.checkpoint import SavedState, read_state, write_state
+from mlfs.supernet.classes import hold, show_signature
 from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
 from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
 from mlfs.supernet.importance import Method, Scores, importance
+from mlfs.supernet.loading import check_whole_base, load_parameters
 from mlfs.supernet.permutation import (
     Permutation,
     check_permutation,
@@ -36,6 +47,8 @@ from mlfs.supernet.permutation import (
     permutation_of,
     permute,
 )
+from mlfs.supernet.record import NAME, Record
+from mlfs.supernet.watch import watch_next_optimizer
 
 
 class SuperTransformer(nn.Module):
@@ -76,6 +89,9 @@ class SuperTransformer(nn.Module):
         self.base_name = recorded_name(model.name_or_path if base_name is None else base_name)
         self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
+        self.base_vocabulary = vocabulary_of_base(model)
+        self.new_parameters = new_parameters(model)
+        self.base_constants = constants(model)
         self.stage: int | None = 0 if stages and rank else None
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
         self._layer_sizes: dict[Subnet, LayerSizes] = {}
@@ -84,6 +100,10 @@ class SuperTransformer(nn.Module):
         layers = make_elastic(model, self.family, self.dimensions, self._scope, adapters)
         self.model = model
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
+        self.new_parameters -= self.head_parameters()
+        hold(model, self)
+        show_signature(self)
+        watch_next_optimizer(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the Hugging Face model's forward pass under the active subnet; takes and returns what the model does."""
@@ -106,11 +126,23 @@ class SuperTransformer(nn.Module):
     def activate(self, subnet: Subnet) -> Iterator["SuperTransformer"]:
         """Runs `subnet` inside the block, in this thread or task only; blocks nest. Nothing is copied or allocated.
 
+        Threads that are started in the block, a pool's among them, run the whole model: give them `bound(subnet)`.
+
         Raises:
             MLFSError: `subnet` is not in the space.
         """
         with self._scope.activate(self.layer_sizes(subnet)):
             yield self
+
+    def bound(self, subnet: Subnet) -> BoundSubnet:
+        """Makes a view of the model that always runs `subnet`: from any thread, whatever is active there.
+
+        It is called, and generates, as the Hugging Face model; see `BoundSubnet`. Nothing is copied.
+
+        Raises:
+            MLFSError: `subnet` is not in the space.
+        """
+        return BoundSubnet(self, subnet)
 
     @contextmanager
     def activate_rows(self, subnets: Sequence[Subnet]) -> Iterator["SuperTransformer"]:
@@ -131,6 +163,11 @@ class SuperTransformer(nn.Module):
     def active(self) -> Subnet:
         """The subnet that runs now; maxnet inside of `activate_rows`."""
         return self._scope.sizes.subnet
+
+    @property
+    def has_row_sizes(self) -> bool:
+        """Whether rows of a batch have sizes of their own now: inside of `activate_rows`."""
+        return isinstance(self._scope.sizes, RowSizes)
 
     def layer_sizes(self, subnet: Subnet) -> LayerSizes:
         """Spells `subnet` out for each layer; it is checked once, then remembered.
@@ -199,8 +236,10 @@ class SuperTransformer(nn.Module):
             if isinstance(module, ElasticNorm):
                 module.train_base(norms)
                 module.owned |= norms
-            elif module.owned:
+            elif module.is_head:
                 module.train_base(head)
+        self.record.write()
+        watch_next_optimizer(self)
 
     def merge_stages(self, stages: int) -> None:
         """Merges the first `stages` stages into an fp32 copy of the projections, which is read instead; 0: undoes it.
@@ -248,6 +287,7 @@ class SuperTransformer(nn.Module):
         permute(self.model, permutation, self.dimensions)
         self.merge_stages(merged)
         self.permutation = compose(self.permutation, permutation)
+        self.record.write()
 
     # ---- what is whose ----------------------------------------------------------------------------------------------
 
@@ -256,7 +296,10 @@ class SuperTransformer(nn.Module):
         return (module for module in self.model.modules() if isinstance(module, Elastic))
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Collects what belongs to a run, by the model's names: the stages, and task heads or norms that trained."""
+        """Collects what belongs to a run, by the model's names.
+
+        That is the stages, task heads and norms that trained, and what the base's checkpoint did not have.
+        """
         own: dict[str, nn.Parameter] = {}
         for name, module in self.model.named_modules():
             if not isinstance(module, Elastic):
@@ -264,26 +307,33 @@ class SuperTransformer(nn.Module):
             if isinstance(module, ElasticLinear):
                 own |= {f"{name}.{key}": parameter for key, parameter in module.adapter_parameters()}
             if module.owned:
-                for key in ("weight", "bias"):
-                    if (parameter := getattr(module, key)) is not None:
-                        own[f"{name}.{key}"] = parameter
-        return own
+                own |= _weight_and_bias(name, module)
+        return own | {name: self.model.get_parameter(name) for name in sorted(self.new_parameters)}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Collects the parameters that the base came with, but for task heads; each tied one once."""
-        added = set()
+        added = self.new_parameters | self.head_parameters()
         for name, module in self.model.named_modules():
             if isinstance(module, ElasticLinear):
                 added |= {f"{name}.{key}" for key, _ in module.adapter_parameters()}
-                if module.owned:  # a task head
-                    added |= {f"{name}.weight", f"{name}.bias"}
         return {name: parameter for name, parameter in self.model.named_parameters() if name not in added}
+
+    def head_parameters(self) -> set[str]:
+        """Names the weights and biases of heads that are new for the task."""
+        modules = self.model.named_modules()
+        heads = (_weight_and_bias(name, m) for name, m in modules if isinstance(m, Elastic) and m.is_head)
+        return {name for head in heads for name in head}
 
     def fingerprint(self) -> Fingerprint:
         """Hashes each base parameter as it was loaded, in fp32, bf16 and fp16: once, before anything is reordered."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.base_parameters())
+            self._fingerprint = fingerprint(as_in_base(self.base_parameters(), self.model, self.base_vocabulary))
         return self._fingerprint
+
+    @property
+    def record(self) -> Record:
+        """What a state dict says of the run beside its tensors."""
+        return self.model.get_submodule(NAME)  # type: ignore[return-value]
 
     @property
     def trained_stages(self) -> int:
@@ -301,12 +351,15 @@ class SuperTransformer(nn.Module):
         Raises:
             MLFSError: `path` is a file, or cannot be written.
         """
+        self.record.refresh()
         config = self.model.config
         state = SavedState(
             base_name=self.base_name,
             hub_name=self.hub_name,
             revision=getattr(config, "_commit_hash", None),
             fingerprint=self.fingerprint(),
+            constants=self.base_constants,
+            vocabulary=self.base_vocabulary,
             architecture=type(self.model).__name__,
             config=config.to_dict(),
             space=self.space.to_dict(),
@@ -314,9 +367,9 @@ class SuperTransformer(nn.Module):
             stages=self.stages,
             alpha=self.alpha,
             trained_stages=self.trained_stages,
-            owned=sorted(self._owned_modules()),
+            owned=sorted({*self.owned_modules(), *self.new_parameters}),
             permutation=self.permutation,
-            parameters=self.own_parameters(),
+            parameters=self.own_parameters() | self.added_rows(),
         )
         write_state(state, Path(path))
 
@@ -339,28 +392,18 @@ class SuperTransformer(nn.Module):
             state = replace(state, base_name=recorded_name(model), hub_name=None, revision=None)
         if model is None or isinstance(model, str):
             where = (state.base_name, state.revision)
-            model = load_base(*where, state.architecture, state.config, model_kwargs, state.hub_name)
-        # before the conversion: a base that is refused stays as it was
-        given = type(model).__name__
-        if given != state.architecture:
-            raise MLFSError(f"{path} was trained on a {state.architecture}, the base given is a {given}")
-        # Task heads belong to the run, so that those of the base at hand do not count.
-        base = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if name in state.fingerprint or name.rpartition(".")[0] not in state.owned
-        }
-        found = fingerprint(base)
-        check_base(found, state.fingerprint, model.dtype, state.base_name, path)
+            model = load_base(*where, state.architecture, state.config_of_base, model_kwargs, state.hub_name)
+        found = check_whole_base(model, state, path)  # before the conversion: a base that is refused stays as it was
+        if state.vocabulary:
+            model.resize_token_embeddings(state.config["vocab_size"], mean_resizing=False)
+            model.config.update(state.token_ids)
         space = SearchSpace.from_dict(state.space)
         supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
         supernet.hub_name = supernet.hub_name or state.hub_name
-        supernet._fingerprint = found
+        supernet.base_vocabulary, supernet._fingerprint = state.vocabulary, found
         if state.permutation:
             supernet.apply_permutation(state.permutation)
-        supernet._load_parameters(state, path)
-        if getattr(model.config, "problem_type", None) is None:  # which training may have found out from its labels
-            model.config.problem_type = state.config.get("problem_type")
+        load_parameters(supernet, state, path)
         return supernet
 
     def restore(self, path: str | Path) -> None:
@@ -375,39 +418,32 @@ class SuperTransformer(nn.Module):
         if odd := [key for key in own if saved[key] != own[key]]:
             raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
         check_base(self.fingerprint(), state.fingerprint, self.model.dtype, state.base_name, path)
+        check_config(self.model.config.to_dict(), state.config, path)
+        check_constants(self.base_constants, state.constants, self.model.dtype, path)
         if state.permutation != self.permutation:
             self.apply_permutation(difference(self.permutation, state.permutation))
             self.permutation = state.permutation
-        self._load_parameters(state, path)
-        if (problem_type := state.config.get("problem_type")) is not None:
-            self.model.config.problem_type = problem_type  # which transformers deduces from the first labels it sees
+        load_parameters(self, state, path)
 
-    def _owned_modules(self) -> Iterator[str]:
+    def owned_modules(self) -> Iterator[str]:
         """Yields the names of the modules whose weights belong to the run."""
         for name, module in self.model.named_modules():
             if isinstance(module, Elastic) and module.owned:
                 yield name
 
-    def _load_parameters(self, state: SavedState, path: str | Path) -> None:
-        """Copies saved parameters into the super-transformer's own."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, Elastic):
-                module.owned = name in state.owned
-                if isinstance(module, ElasticLinear):
-                    module.trained_stages = min(module.stages, state.trained_stages)
-        own, saved = self.own_parameters(), state.parameters
-        if own.keys() != saved.keys():
-            odd = sorted(own.keys() ^ saved.keys())
-            raise MLFSError(
-                f"{path} does not fit the model: {len(odd)} tensors are missing or left over, e.g. {odd[0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.shape != saved[name].shape:
-                    found, expected = tuple(saved[name].shape), tuple(parameter.shape)
-                    raise MLFSError(f"{path}: tensor {name} has shape {found}, the model has {expected}")
-                parameter.copy_(saved[name])
-        self.merge_stages(self.merged_stages)  # the merged copies are made anew, of what was loaded
+    def added_rows(self) -> dict[str, Tensor]:
+        """Collects the rows of tokens that the base does not have, as views, of parameters that are not the run's."""
+        start, own = self.base_vocabulary, self.own_parameters()
+        if not start:
+            return {}
+        resized = vocabulary_parameters(self.model)
+        return {f"{name}.added_rows": p.detach()[start:] for name, p in resized.items() if name not in own}
+
+
+def _weight_and_bias(name: str, module: Elastic) -> dict[str, nn.Parameter]:
+    """Names the weight and bias of a module of the model, as far as it has them."""
+    both = {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+    return {key: parameter for key, parameter in both.items() if parameter is not None}
 
 
 def _refuse(*_: Any, message: str, **__: Any) -> None:

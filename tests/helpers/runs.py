@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from mlfs import Subnet, SuperTransformer
 from tests.supernets import LAYERS
@@ -19,6 +20,18 @@ def tensors_file(folder: Path) -> Path:
     """Finds the one safetensors file of a folder."""
     (path,) = folder.glob("*.safetensors")
     return path
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a saved run, without the orders of axes that are in their first order."""
+    tensors = load_file(tensors_file(folder))
+    first = {key for key, order in tensors.items() if key.startswith("permutation.") and order.diff().eq(1).all()}
+    return {key: value for key, value in tensors.items() if key not in first}
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two dicts hold the same tensors."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def load(path: Path) -> SuperTransformer:

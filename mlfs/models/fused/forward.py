@@ -1,5 +1,6 @@
 """The forward pass of a fused block."""
 
+import functools
 from operator import attrgetter
 from typing import Any
 
@@ -9,9 +10,10 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.errors import MLFSError
 from mlfs.models.families.spec import FusedBlock
-from mlfs.models.follow import Forward
+from mlfs.models.follow import Forward, remade_by
 from mlfs.models.fused import attention, layer, mlp  # noqa: F401  importing them registers their kinds of fused block
-from mlfs.models.fused.registry import KINDS, KNOWN_ACTIVATIONS
+from mlfs.models.fused.padding import ragged_encoder
+from mlfs.models.fused.registry import KINDS, KNOWN_ACTIVATIONS, Activation
 
 
 def check_kind(block: FusedBlock) -> None:
@@ -41,13 +43,24 @@ def fused_forward(module: nn.Module, block: FusedBlock) -> Forward | None:
         return None
     if not all(isinstance(_part(module, block, role), ElasticNorm) for role in kind.norms):
         return None
-    own_forward = type(module).forward
     if not kind.activations:
-        return kind.build(block, own_forward)
+        return _build(type(module), block)
     activation = KNOWN_ACTIVATIONS.get(type(_part(module, block, "activation")))
     if activation is None or activation.name not in kind.activations:
         return None
-    return kind.build(block, own_forward, activation)
+    return _build(type(module), block, activation)
+
+
+@functools.cache
+def encoder_forward(own_class: Any) -> Forward:
+    """Builds the forward pass of encoders of a class whose layers take ranges in place of the attention mask."""
+    return remade_by(ragged_encoder(own_class.forward), encoder_forward, own_class)
+
+
+def _build(own_class: type[nn.Module], block: FusedBlock, *activation: Activation) -> Forward:
+    """Builds the forward pass of modules of a class; the same one for the same arguments."""
+    forward = KINDS[type(block)].build(block, own_class.forward, *activation)
+    return remade_by(forward, _build, own_class, block, *activation)
 
 
 def _part(module: nn.Module, block: FusedBlock, role: str) -> Any:

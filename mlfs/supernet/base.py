@@ -1,0 +1,162 @@
+"""What a base brought with it, and what else but its parameters it computes with."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mlfs.errors import MLFSError
+from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, fingerprint
+
+# Fields of a configuration that do not change what a forward pass without dropout computes from the same weights.
+_IDLE = {
+    "_attn_implementation", "_attn_implementation_internal", "_name_or_path", "architectures", "attn_implementation",
+    "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "dtype",
+    "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_factor", "initializer_range",
+    "label2id", "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "prefix",
+    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
+_MOVING = ("dynamic", "longrope")  # kinds of rotary embedding whose frequencies change with the length of what they see
+
+
+def new_parameters(model: PreTrainedModel) -> set[str]:
+    """Names the parameters that the checkpoint did not have, which loading drew at random.
+
+    transformers marks what it has loaded. Of a model without any mark (made from its configuration, or a copy) nothing
+    is known: all of it counts as the base's.
+    """
+    unmarked = {name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+    return unmarked if len(unmarked) < sum(1 for _ in model.parameters()) else set()
+
+
+def vocabulary_of_base(model: PreTrainedModel) -> int | None:
+    """Finds how many tokens the base had, if `model` has more or fewer since its embeddings were resized.
+
+    Reads the configuration in the folder, or among the Hub's files that are here already, that it was loaded from.
+
+    Returns:
+        None if it is as many as `model` has, or cannot be known.
+    """
+    name = model.name_or_path
+    if not name or not hasattr(model.config, "vocab_size"):
+        return None
+    revision = None if Path(name).is_dir() else getattr(model.config, "_commit_hash", None)
+    try:
+        config, _ = type(model.config).get_config_dict(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    count = config.get("vocab_size")
+    return count if isinstance(count, int) and count != _tokens(model) else None
+
+
+def vocabulary_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Collects the parameters with a row for each token, by name; each tied one once."""
+    count = _tokens(model)
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    ids = {id(p) for module in ends for p in module.parameters(recurse=False)}
+    return {name: p for name, p in model.named_parameters() if id(p) in ids and p.shape[0] == count}
+
+
+def _tokens(model: PreTrainedModel) -> int:
+    """Counts the rows of the input embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.shape[0]  # type: ignore[no-any-return]
+
+
+def as_in_base(parameters: Mapping[str, Tensor], model: PreTrainedModel, vocabulary: int | None) -> dict[str, Tensor]:
+    """Cuts what has a row for each token to the rows that the base had."""
+    resized = vocabulary_parameters(model) if vocabulary else {}
+    return {name: p[:vocabulary] if name in resized else p for name, p in parameters.items()}
+
+
+# ---- what is not a parameter ----------------------------------------------------------------------------------------
+
+
+def constants(model: PreTrainedModel) -> dict[str, Any]:
+    """Collects what a plain model computes with beside parameters and configuration.
+
+    Returns:
+        By name, of each buffer its hashes (`fingerprint`), and of each module its attributes that are floats, such as
+        the epsilon of a norm; those of dropout are left out.
+    """
+    buffers = {}
+    for name, module in model.named_modules():
+        if getattr(module, "rope_type", "default") in _MOVING:
+            continue
+        for key, buffer in module.named_buffers(prefix=name, recurse=False):
+            if not buffer.is_meta:
+                buffers[key] = buffer
+    found: dict[str, Any] = dict(fingerprint(buffers))
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and value == value and not key.startswith("_") and not _is_dropout(key):
+                found[f"{name}.{key}" if name else key] = value
+    return found
+
+
+def check_constants(found: Mapping[str, Any], saved: Mapping[str, Any], dtype: torch.dtype, place: object) -> None:
+    """Raises MLFSError where two bases have one of their `constants` in common that is not the same.
+
+    Args:
+        found, saved: of the base at hand, and of the one that was trained on.
+        dtype: in which the base at hand is loaded. place: where the run is, for the message.
+    """
+    column = FINGERPRINT_DTYPES.index(dtype) if dtype in FINGERPRINT_DTYPES else 0
+    for name in sorted(found.keys() & saved.keys()):
+        ours, theirs = found[name], saved[name]
+        if isinstance(ours, list) and isinstance(theirs, list):
+            if ours[column] != theirs[column]:
+                raise MLFSError(
+                    f"the base is not the one {place} was trained on: its buffer {name} has other numbers; load that "
+                    "base as it was"
+                )
+        elif ours != theirs:
+            raise MLFSError(
+                f"the base is not the one {place} was trained on: its {name} is {ours}, there it was {theirs}; load "
+                "that base as it was"
+            )
+
+
+def check_config(found: Mapping[str, Any], saved: Mapping[str, Any], place: object) -> None:
+    """Raises MLFSError where two configurations differ in a field that changes what is computed.
+
+    Fields that one of them does not have are passed over: releases of transformers add and rename some.
+
+    Args:
+        found, saved: of the base at hand, and of the one that was trained on.
+        place: where the run is, for the message.
+    """
+    for name, ours, theirs in _differences(found, saved):
+        raise MLFSError(
+            f"the base is not the one {place} was trained on: its configuration has {name}={ours!r}, there it was "
+            f"{theirs!r}; load it with that configuration"
+        )
+
+
+def _differences(
+    found: Mapping[str, Any], saved: Mapping[str, Any], prefix: str = ""
+) -> Iterable[tuple[str, Any, Any]]:
+    """Yields the fields that both have, with both values, where they differ."""
+    for name in sorted(found.keys() & saved.keys()):
+        ours, theirs = found[name], saved[name]
+        if name in _IDLE or _is_dropout(name):
+            continue
+        if name == "pad_token_id" and None in (ours, theirs):  # training sets one where there is none
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{prefix}{name}.")
+        elif _plain(ours) != _plain(theirs):
+            yield prefix + name, ours, theirs
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON keeps it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_dropout(name: str) -> bool:
+    return name == "p" or "drop" in name

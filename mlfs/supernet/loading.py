@@ -1,0 +1,76 @@
+"""Puts a saved super-transformer into one that is there, and checks the base that it is made on."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mlfs.elastic.base import Elastic
+from mlfs.elastic.linear import ElasticLinear
+from mlfs.errors import MLFSError
+from mlfs.supernet.base import as_in_base, check_config, check_constants, constants
+from mlfs.supernet.checkpoint import SavedState
+from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
+
+
+def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -> Fingerprint:
+    """Checks that `model` is the base that a saved super-transformer was trained on: weights, and what else computes.
+
+    Args:
+        model: as yet a plain one. place: where the run is, for the message.
+
+    Returns:
+        Its fingerprint.
+
+    Raises:
+        MLFSError: it is another one.
+    """
+    given = type(model).__name__
+    if given != state.architecture:
+        raise MLFSError(f"{place} was trained on a {state.architecture}, the base given is a {given}")
+    # What belongs to the run, such as a task head, does not count in the base at hand.
+    owned = set(state.owned)
+    base = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in state.fingerprint or not owned & {name, name.rpartition(".")[0]}
+    }
+    kept = min(state.vocabulary, state.config["vocab_size"]) if state.vocabulary else None
+    found = fingerprint(as_in_base(base, model, kept))
+    check_base(found, state.fingerprint, model.dtype, state.base_name, place)
+    check_config(model.config.to_dict(), state.config, place)
+    check_constants(constants(model), state.constants, model.dtype, place)
+    return found
+
+
+def load_parameters(supernet: Any, state: SavedState, place: object) -> None:
+    """Copies saved parameters into the super-transformer's own.
+
+    Args:
+        supernet: with units in the order that `state` has.
+        place: where the run is, for the message.
+
+    Raises:
+        MLFSError: a tensor is missing or left over, or has another shape.
+    """
+    for name, module in supernet.model.named_modules():
+        if isinstance(module, Elastic):
+            module.owned = name in state.owned
+            if isinstance(module, ElasticLinear):
+                module.trained_stages = min(module.stages, state.trained_stages)
+    names = {name for name, _ in supernet.model.named_parameters()}
+    supernet.new_parameters = {name for name in state.owned if name in names}
+    own, saved = supernet.own_parameters() | supernet.added_rows(), state.parameters
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        raise MLFSError(f"{place} does not fit the model: {len(odd)} tensors are missing or left over, e.g. {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != saved[name].shape:
+                found, expected = tuple(saved[name].shape), tuple(parameter.shape)
+                raise MLFSError(f"{place}: tensor {name} has shape {found}, the model has {expected}")
+            parameter.copy_(saved[name])
+    if (problem_type := state.config.get("problem_type")) is not None:
+        supernet.config.problem_type = problem_type  # which transformers deduces from the first labels it sees
+    supernet.merge_stages(supernet.merged_stages)  # the merged copies are made anew, of what was loaded
+    supernet.record.write()

@@ -1,0 +1,288 @@
+"""`Record`: what a state dict must say beside weights and stages.
+
+Whoever carries a model by its state (torch.save, safetensors, accelerate, FSDP, distributed checkpoints, an average of
+weights) carries tensors, and these are some: persistent buffers of one size for one model, whatever has trained.
+
+What is in them lives in the super-transformer as plain values, which is what runs read. `write` brings the buffers up
+to date, `read` the values; `refresh` reads when somebody else has changed the buffers, in place too.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlfs.elastic.base import Elastic
+from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.norm import ElasticNorm
+from mlfs.errors import MLFSError
+from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, Fingerprint
+from mlfs.supernet.permutation import Permutation
+
+NAME = "mlfs_record"  # of the record among the model's modules
+_SETTINGS = ("space", "rank", "stages", "alpha")
+_BASE, _OWNED, _NEW = range(3)  # whose a parameter is: the base's, a module's that the run owns, new with the run
+_AXES = ("hidden", "heads", "ffn")
+_NO_ORDER = (
+    "the state's order of the units is none: it is damaged, or an average of states with different orders; average "
+    "only states that were ordered alike"
+)
+_TOLERANCE = 0.01  # of a bit that was averaged with its like; an average that differs by less is of one order's weights
+# Above it an average of two numbers of stages counts as the larger one: of its weights that stage is a part.
+_ROUNDING = 1e-3
+
+
+class Record(nn.Module):
+    """Holds as tensors which stages of a super-transformer have trained, the order of its units, and what is its own.
+
+    Attributes:
+        ties: for each tied parameter's further names, the first.
+        settings: (4, 8) uint8, the beginnings of the hashes of space, rank, stages and alpha, which must be the same
+            where the state is loaded.
+        trained_stages: () float32. A float, as averages of weights change it little by little and cut integers off.
+        ownership: (parameters,) float32, for each parameter but the stages' whose it is.
+        fingerprint: (parameters, 3, 8) uint8, the hashes of the base's; zeros where it is as it was loaded.
+        vocabulary: () int32, how many tokens the base has; 0 where it is as many as the model.
+        hidden, heads, ffn: (units,), (layers, groups of heads) and (layers, units) int32, the order of the units.
+        order_bits: (64,) float32, bits of the hash of that order. Of an average over several orders they are no bits,
+            even if it averaged only what floats, as most do, and took the last order as it is.
+    """
+
+    settings: Tensor
+    trained_stages: Tensor
+    ownership: Tensor
+    fingerprint: Tensor
+    vocabulary: Tensor
+    hidden: Tensor
+    heads: Tensor
+    ffn: Tensor
+    order_bits: Tensor
+    _supernet: Any
+    _names: list[str]
+    ties: dict[str, str]
+    _seen: Tensor
+    _seen_version: int | None
+
+    def __init__(self, supernet: Any) -> None:
+        super().__init__()
+        self.__dict__["_supernet"] = supernet  # in the dictionary: the super-transformer is no part of its record
+        self.__dict__["_names"], self.__dict__["ties"] = _names(supernet.model)
+        dims, count = supernet.dimensions, len(self._names)
+        shapes = {
+            "hidden": (dims.hidden,),
+            "heads": (dims.layers, dims.heads // dims.group),
+            "ffn": (dims.layers, dims.ffn),
+        }
+        values = {
+            "settings": torch.zeros(len(_SETTINGS), 8, dtype=torch.uint8),
+            "trained_stages": torch.zeros(()),
+            "ownership": torch.zeros(count),
+            "fingerprint": torch.zeros(count, len(FINGERPRINT_DTYPES), 8, dtype=torch.uint8),
+            "vocabulary": torch.zeros((), dtype=torch.int32),
+            "order_bits": torch.zeros(64),
+        }
+        for axis, shape in shapes.items():
+            values[axis] = torch.tensor(_orders({}, axis, shape), dtype=torch.int32)
+        for name, value in values.items():
+            self.register_buffer(name, value.to(supernet.model.device))
+        self.write()
+
+    # ---- values and tensors ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Brings the buffers up to date with the super-transformer."""
+        supernet = self._supernet
+        owned = {f"{name}.{key}" for name in supernet.owned_modules() for key in ("weight", "bias")}
+        # Of a base that is as it was loaded they can be computed: equal models then have equal states.
+        moved = any(order != sorted(order) for order in supernet.permutation.values())
+        changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
+        hashes = (supernet._fingerprint or {}) if changed else {}
+        unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
+        ownership, rows = [], []
+        for name in self._names:
+            code = _NEW if name in supernet.new_parameters else _OWNED if name in owned else _BASE
+            ownership.append(float(code))
+            rows.append([list(bytes.fromhex(digest)) for digest in hashes.get(name, unknown)])
+        self._put("settings", [list(_digest(value)) for value in _settings(supernet)])
+        self._put("trained_stages", float(_trained_stages(supernet)))
+        self._put("ownership", ownership)
+        self._put("fingerprint", rows)
+        self._put("vocabulary", supernet.base_vocabulary or 0)
+        orders = {axis: _orders(supernet.permutation, axis, self.get_buffer(axis).shape) for axis in _AXES}
+        for axis, values in orders.items():
+            self._put(axis, values)
+        self._put("order_bits", _bits_of(orders))
+        self._note()
+
+    def refresh(self) -> None:
+        """Reads the buffers if they are not as they were last written or read."""
+        buffer = self._buffers["trained_stages"]
+        if buffer is not self._seen or (not buffer.is_inference() and buffer._version != self._seen_version):  # type: ignore[union-attr]
+            self.read()
+
+    def read(self) -> None:
+        """Brings the super-transformer up to date with the buffers.
+
+        Raises:
+            MLFSError: they are no record, as an average over different orders of the units is none.
+        """
+        if self.trained_stages.is_meta:
+            return
+        supernet = self._supernet
+        permutation = self._permutation()
+        trained = math.ceil(self.trained_stages.item() - _ROUNDING)
+        if not 0 <= trained <= supernet.stages:
+            raise MLFSError(
+                f"the state says that {trained} of {supernet.stages} stages have trained: it is damaged, or is an "
+                "average of several with weights that do not add up to 1"
+            )
+        codes = [math.ceil(code - _ROUNDING) for code in self.ownership.tolist()]
+        whose = dict(zip(self._names, codes, strict=True))
+        supernet.permutation = permutation
+        supernet.base_vocabulary = int(self.vocabulary.item()) or None
+        supernet.new_parameters = {name for name, code in whose.items() if code == _NEW}
+        supernet._fingerprint = self._hashes(whose)
+        for name, module in supernet.model.named_modules():
+            if isinstance(module, Elastic):
+                module.owned = _OWNED in (whose.get(f"{name}.weight"), whose.get(f"{name}.bias"))
+            if isinstance(module, ElasticLinear) and module.stages:
+                module.trained_stages = max(trained, module.stages_begun())
+        self._note()
+
+    # ---- in and out of state dicts --------------------------------------------------------------------------------
+
+    def check(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Raises MLFSError unless `state` can be loaded: it holds a record, of the same space, rank, stages and alpha.
+
+        Args:
+            state: a state dict that is about to be loaded.
+            prefix: how names of the model's tensors begin in it.
+        """
+        own, supernet = f"{prefix}{NAME}.", self._supernet
+        missing = [own + name for name in self._buffers if own + name not in state]
+        if missing:
+            ours = supernet.own_parameters().keys() - supernet.head_parameters()
+            ours |= supernet.base_parameters().keys()
+            if odd := next((key for key in state if key.removeprefix(prefix) in ours), None):
+                raise MLFSError(
+                    f"the state dict has {odd} but not {missing[0]}, which says what trained and in what order the "
+                    "units are: it is of a plain model or an older version, or a part; keep all keys, load saved runs "
+                    "with SuperTransformer.from_pretrained, and a plain model's weights before it is made elastic"
+                )
+            return
+        found = _whole(state[own + "settings"], torch.uint8).cpu()
+        names = zip(_SETTINGS, found, _settings(supernet), strict=True)
+        if others := [name for name, row, value in names if bytes(row.tolist()) != _digest(value)]:
+            raise MLFSError(
+                f"the state dict is of a super-transformer with another {', '.join(others)}: make this one alike"
+            )
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        self.refresh()
+        self.write()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            if prefix + name in state_dict and buffer is not None:
+                # of an average a whole number is off by rounding, and copying it would cut that off
+                state_dict[prefix + name] = _whole(state_dict[prefix + name], buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if args[0].get("assign_to_params_buffers"):  # the local metadata
+            self._tie()
+        self.read()
+
+    # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _tie(self) -> None:
+        """Ties again what assign=True has given a parameter each: reordered, tensors they share would move twice."""
+        model = self._supernet.model
+        for name, first in self.ties.items():
+            module, _, key = name.rpartition(".")
+            model.get_submodule(module)._parameters[key] = model.get_parameter(first)
+
+    def _put(self, name: str, value: Any) -> None:
+        """Copies numbers into a buffer, unless they are there already."""
+        buffer = self.get_buffer(name)
+        if buffer.is_meta or buffer.tolist() != value:
+            buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
+
+    def _note(self) -> None:
+        """Notes what the buffers are, for `refresh`."""
+        buffer = self.trained_stages
+        self.__dict__["_seen"] = buffer
+        self.__dict__["_seen_version"] = None if buffer.is_inference() else buffer._version
+
+    def _permutation(self) -> Permutation:
+        """Reads the order of the units; axes in their first order are left out."""
+        orders = {axis: self.get_buffer(axis).tolist() for axis in _AXES}
+        pairs = zip(self.order_bits.tolist(), _bits_of(orders), strict=True)
+        if any(abs(found - right) > _TOLERANCE for found, right in pairs):
+            raise MLFSError(_NO_ORDER)
+        permutation: Permutation = {}
+        for axis, values in orders.items():
+            rows = {None: values} if axis == "hidden" else dict(enumerate(values))
+            for layer, order in rows.items():
+                if sorted(order) != list(range(len(order))):
+                    raise MLFSError(_NO_ORDER)
+                if order != sorted(order):
+                    permutation[axis, layer] = order
+        return permutation
+
+    def _hashes(self, whose: Mapping[str, int]) -> Fingerprint | None:
+        """Reads the fingerprint; None if it has not been computed."""
+        rows = self.fingerprint.tolist()
+        hashes = {name: [bytes(digest).hex() for digest in row] for name, row in zip(whose, rows, strict=True)}
+        known = {name: digests for name, digests in hashes.items() if any(int(digest, 16) for digest in digests)}
+        return known or None
+
+
+def _names(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Lists the model's parameters but those of the stages, and tells for each tied name the first it is tied to."""
+    stages = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ElasticLinear):
+            stages |= {f"{name}.{key}" for key, _ in module.adapter_parameters()}
+    firsts: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if firsts.setdefault(id(parameter), name) != name:
+            ties[name] = firsts[id(parameter)]
+    return [name for name in firsts.values() if name not in stages], ties
+
+
+def _settings(supernet: Any) -> tuple[Any, ...]:
+    return supernet.space.to_dict(), supernet.rank, supernet.stages, float(supernet.alpha)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()[:8]
+
+
+def _trained_stages(supernet: Any) -> int:
+    modules = supernet.model.modules()
+    return max((module.trained_stages for module in modules if isinstance(module, ElasticLinear)), default=0)
+
+
+def _orders(permutation: Permutation, axis: str, shape: Sequence[int]) -> list[Any]:
+    """Spells the order of every unit of an axis out: (units,) or (layers, units)."""
+    whole = list(range(shape[-1]))
+    if axis == "hidden":
+        return permutation.get((axis, None), whole)
+    return [permutation.get((axis, layer), whole) for layer in range(shape[0])]
+
+
+def _bits_of(orders: Mapping[str, list[Any]]) -> list[float]:
+    """Spells the hash of all orders out as 64 zeros and ones."""
+    return [float(byte >> place & 1) for byte in _digest(orders) for place in range(8)]
+
+
+def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds numbers that stand for integers of a type."""
+    if value.is_floating_point() and not dtype.is_floating_point:
+        return value.round().to(dtype)
+    return value

@@ -1,0 +1,52 @@
+"""Notices an optimizer that was made for another stage than the one that trains.
+
+Stages train one after the other, each with parameters of its own. An optimizer that was given those that trained when
+it was made never moves those of a later stage: its steps succeed, and nothing is learned.
+"""
+
+import weakref
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from mlfs.elastic.linear import ElasticLinear
+from mlfs.errors import MLFSError
+
+_WATCHED: MutableMapping[nn.Module, int] = weakref.WeakKeyDictionary()  # the stage that no optimizer has moved yet
+
+
+def watch_next_optimizer(supernet: Any) -> None:
+    """Checks the steps of optimizers from now on, until one moves the stage that trains; then no more.
+
+    A step raises MLFSError if its optimizer holds other stages of the super-transformer and not the one that trains.
+    One that holds no stage at all, such as a task head's, passes.
+    """
+    _WATCHED.pop(supernet, None)
+    if supernet.stage is not None:
+        _WATCHED[supernet] = supernet.stage
+
+
+def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _WATCHED:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for supernet, stage in list(_WATCHED.items()):
+        layers = [layer for layer in supernet.modules() if isinstance(layer, ElasticLinear) and layer.stages]
+        stages = {s for layer in layers for s in range(layer.stages) if held & _ids_of(layer, s)}
+        if stage in stages:
+            del _WATCHED[supernet]
+        elif stages:
+            raise MLFSError(
+                f"this {type(optimizer).__name__} holds stage {min(stages)} and not stage {stage}, which trains: make "
+                f"a new optimizer after train_stage({stage}), or one of all of model.parameters()"
+            )
+
+
+def _ids_of(layer: ElasticLinear, stage: int) -> set[int]:
+    return {id(layer.lora_A[stage]), id(layer.lora_B[stage])}
+
+
+register_optimizer_step_pre_hook(_check_step)
