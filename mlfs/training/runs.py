@@ -149,9 +149,11 @@ def make_room(
 
 def remove_leftovers(run: Path) -> None:
     """Deletes the temporary files of processes that were cut off; for whoever holds the lock of the run folder."""
-    for pattern in (".tmp-*", "stage-*/.tmp-*", "stage-*/checkpoint-*/.tmp-*"):
+    # .tmp-... are those of mlfs.files, .tmp... those of safetensors
+    for pattern in (".tmp*", "stage-*/.tmp*", "stage-*/checkpoint-*/.tmp*"):
         for path in run.glob(pattern):
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _delete(path: Path) -> None:

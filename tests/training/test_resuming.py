@@ -272,3 +272,12 @@ def test_a_stage_may_go_on_for_more_steps_than_it_began_with(run: Path, steps: l
     options = {**OPTIONS, "stages_to_train": [0], "stage_steps": [5]}
     trainer(run, **options).train(resume_from_checkpoint=True)
     assert steps == [(0, 4), (0, 5)]
+
+
+def test_temporary_files_of_a_process_that_was_killed_are_removed(run: Path) -> None:
+    names = (".tmp-a1.json", "stage-1/.tmpB2", "stage-2/checkpoint-2/.tmp-c3.safetensors")
+    for name in names:
+        (run / name).write_text("half")
+    (run / "notes.tmp").write_text("mine")
+    trainer(run, **OPTIONS).train(resume_from_checkpoint=True)
+    assert not any((run / name).exists() for name in names) and (run / "notes.tmp").exists()
