@@ -1,6 +1,5 @@
 """Learned projections are treated as every other parameter that trains: gradients, clipping, optimizer, checkpoints."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,19 @@ def test_a_resumed_run_goes_on_with_what_they_have_learned(where: str, tmp_path:
     assert any(not torch.equal(p, projections(fresh)[name]) for name, p in projections(whole).items())
 
 
-def test_a_stage_whose_projections_are_gone_is_not_gone_on_from(tmp_path: Path) -> None:
-    trainer(tmp_path, stages_to_train=[0, 1], stage_steps=[2], save_strategy="no", **LEARNED).train()
-    state = json.loads((tmp_path / "stage-1" / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    (tmp_path / "stage-1" / "projections.safetensors").unlink()
+def test_a_stage_whose_projections_are_gone_is_trained_anew(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", stage_steps=[2], save_strategy="no", **LEARNED)
+    whole.train()
+    broken = tmp_path / "broken"
+    trainer(broken, stages_to_train=[0, 1], stage_steps=[2], save_strategy="no", **LEARNED).train()
+    (broken / "stage-1" / "projections.safetensors").unlink()
+    t = trainer(broken, stage_steps=[2], save_strategy="no", **LEARNED)
+    t.train(resume_from_checkpoint=True)
+    assert_same(own(t.supernet), own(whole.supernet))
+
+
+def test_projections_that_a_run_did_not_learn_are_not_gone_on_with(tmp_path: Path) -> None:
+    trainer(tmp_path, stages_to_train=[0, 1], stage_steps=[2], save_strategy="no", projection_size=8).train()
     t = trainer(tmp_path, stage_steps=[2], save_strategy="no", **LEARNED)
     with pytest.raises(MLFSError, match=r"projections\.safetensors is missing.*resume from an earlier"):
         t.train(resume_from_checkpoint=True)
