@@ -25,6 +25,19 @@ def write_json(path: Path, value: Any) -> None:
         move_into_place(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or is nested deeper than Python reads.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def move_into_place(temporary: str, path: Path) -> None:
     """Renames a finished temporary file to `path`, in place of what is there, with an ordinary file's permissions.
 

@@ -1,6 +1,5 @@
 """What a run folder holds beside the super-transformer: how its data was read, and its results."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from mlfs.commands.bases import load_tokenizer
 from mlfs.data.arguments import DataArguments
 from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
-from mlfs.files import checksum, write_json
+from mlfs.files import checksum, read_json, write_json
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.checks import SETUP_ERRORS, one_line
@@ -174,7 +173,7 @@ def _write_checked(path: Path, values: dict[str, Any]) -> None:
 
 def _read_checked(path: Path) -> Mapping[str, Any]:
     """Reads what `_write_checked` wrote, or an earlier version without a checksum; raises ValueError if it differs."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if "checksum" in values and values.pop("checksum") != checksum(values):
         raise ValueError("its checksum differs: it was changed after it was written")
     return values  # type: ignore[no-any-return]

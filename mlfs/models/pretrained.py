@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
-from mlfs.files import shortened
+from mlfs.files import read_json, shortened
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -96,7 +95,7 @@ def hub_name(folder: str | None) -> str | None:
     if found := re.search(r"[/\\]models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]", folder):
         return "/".join(part for part in found.groups() if part)
     try:
-        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        name = read_json(Path(folder) / "config.json").get("_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return name if isinstance(name, str) and name and not is_path(name) else None

@@ -8,7 +8,6 @@ and it may own single parameters, not only modules. Format 2, without these, and
 the JSON instead of int32 tensors, are still read.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.files import checksum, hash_file, move_into_place, temporary_file, write_json
+from mlfs.files import checksum, hash_file, move_into_place, read_json, temporary_file, write_json
 from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
@@ -208,7 +207,7 @@ def read_values(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads `mlfs.json`; MLFSError if it holds no JSON object."""
     try:
-        values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        values = read_json(path / CONFIG_NAME)
     except (OSError, ValueError) as error:
         raise MLFSError(
             f"{path / CONFIG_NAME} cannot be read ({error}): it is damaged; restore it or train anew"

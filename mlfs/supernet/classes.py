@@ -87,6 +87,20 @@ class ElasticModel(Guarded):
 
     set_output_embeddings = set_input_embeddings
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Starts continuous batching of the whole model; `generate_batch` and paged caches go through it.
+
+        Raises:
+            MLFSError: a smaller size is active. A thread of transformers' own runs the model, where it would not be.
+        """
+        supernet: Any = vars(self)["_supernet"]
+        if supernet.has_row_sizes or supernet.active != supernet.space.max:
+            raise MLFSError(
+                "continuous batching runs in a thread of its own, where the whole model is active: batch the requests "
+                "of the extracted model, supernet.extract(subnet).generate_batch(...)"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises MLFSError: the stages are the adapters."""
         raise MLFSError(why_no_peft())

@@ -4,14 +4,13 @@
 the list is written, so a folder that has its list had all of it, also after a power cut.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mlfs.files import checksum, hash_file, sync, write_json
+from mlfs.files import checksum, hash_file, read_json, sync, write_json
 
 LIST_NAME = "files.json"
 _ELSEWHERE = ("data.json", "results.json", "log_history.json")  # written at other times
@@ -63,7 +62,7 @@ def what_is_wrong(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str | Non
 def listed(folder: Path) -> Mapping[str, Mapping[str, Any]] | str:
     """Reads the list: bytes and SHA-256 of each file, by name; or says, in some words, why it cannot be read."""
     try:
-        values = json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))
+        values = read_json(folder / LIST_NAME)
         if values.pop("checksum") != checksum(values):
             return f"{LIST_NAME} is not what was saved"
         return values["files"]  # type: ignore[no-any-return]

@@ -1,6 +1,5 @@
 """What a training run leaves on disk, which of it is whole, and what may be written over."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
-from mlfs.files import move_into_place, temporary_file
+from mlfs.files import move_into_place, read_json, temporary_file
 from mlfs.supernet.checkpoint import CONFIG_NAME, read_state, read_values
 from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 
@@ -188,7 +187,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 def was_stopped(checkpoint: Path) -> bool:
     """Tells whether a callback, such as early stopping, had ended the stage before its last step at a checkpoint."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
 
@@ -242,7 +241,7 @@ def _damage(stage_folder: Path) -> str | None:
         return what_is_wrong(stage_folder)
     try:
         read_state(stage_folder)
-        json.loads((stage_folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json(stage_folder / TRAINER_STATE_NAME)
     except (OSError, ValueError, MLFSError) as error:
         return str(error)
     return None

@@ -7,7 +7,6 @@ newest stage that is done has saved.
 
 import contextlib
 import itertools
-import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
-from mlfs.files import write_json
+from mlfs.files import read_json, write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.folders import locked_folder, make_folder
@@ -170,7 +169,7 @@ class MLFSTrainer(SubnetTrainer):
         if self.args.should_save and folder.parent == self.run_folder and not (folder / LIST_NAME).exists():
             write_list(folder)  # the run was cut off before it did
         self._load_projections(folder)
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = read_json(folder / TRAINER_STATE_NAME)
         return state["log_history"], state["global_step"]
 
     def _train_stage(self, settings: Mapping[str, Any], begun: Path | None, **kwargs: Any) -> TrainOutput:

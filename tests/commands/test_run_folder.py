@@ -403,3 +403,46 @@ def test_a_second_training_in_one_folder_is_refused_in_one_line(place: Path, tmp
     assert done.returncode == 2 and "another process writes to" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and os.listdir(tmp_path / "new") == [".mlfs.lock"]
     assert main(words) == 0
+
+
+DAMAGES = {
+    "nested": b"[" * 100_000,
+    "no text": b"\xff\xfe\x00",
+    "empty": b"",
+    "a list": b"[1]",
+    "nothing": b"null",
+    "no fields": b"{}",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "damage"),
+    [
+        *((verb, damage) for verb in ("eval", "export") for damage in DAMAGES),
+        ("train", "nested"),
+        ("train", "no fields"),
+    ],
+)
+def test_whatever_a_json_file_of_a_run_holds_is_read_or_refused_in_one_line(
+    verb: str, damage: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    names = sorted(path.relative_to(place / "run") for path in (place / "run").glob("*.json"))
+    names += [Path("stage-2", name) for name in ("mlfs.json", "files.json", "trainer_state.json")]
+    assert {"mlfs.json", "data.json", "results.json", "tokenizer.json", "files.json"} <= {str(name) for name in names}
+    outcomes, data = set(), write_data(tmp_path / "data")
+    for name in names:
+        run = tmp_path / "run"
+        shutil.copytree(place / "run", run)
+        (run / name).write_bytes(DAMAGES[damage])
+        words = {
+            "eval": ["eval", str(run), "--subnet", "min"],
+            "export": ["export", str(run), "--subnet", "min", "--output_dir", str(tmp_path / "small")],
+            "train": [*train_words(place / "base", data, run), "--resume_from_checkpoint", "true"],
+        }  # fmt: skip
+        status = main(words[verb])
+        error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert status in (0, 2) and len(error) == status // 2, (name, error)
+        outcomes.add(status)
+        for folder in (run, tmp_path / "small"):
+            shutil.rmtree(folder, ignore_errors=True)
+    assert verb == "train" or outcomes == {0, 2}

@@ -100,6 +100,13 @@ ROWS = [
     Row("penalty_alpha", PLAIN, call(penalty_alpha=0.6, top_k=4), NEEDS_CODE),
     Row("num_beam_groups", PLAIN, call(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), NEEDS_CODE),
 ]  # fmt: skip
+BATCHED = Row(
+    "continuous batching (`generate_batch`, cache_implementation=paged)",
+    REFUSED,
+    call(),
+    "At full size as the extracted model. It runs in a thread of its own, where no other size is active: batch the "
+    "requests of the extracted model.",
+)
 CHANGED = Row(
     "a cache of another size is gone on with", REFUSED, call(),
     "Where its heads or layers differ: the size that wrote it has to go on, or a new cache be taken.",
@@ -109,7 +116,7 @@ CHANGED = Row(
 def text() -> str:
     """The page, written from the rows."""
     heads = ("asked", "a super-transformer does", "notes")
-    cells = [(row.asked, row.does, row.why) for row in (*ROWS, CHANGED)]
+    cells = [(row.asked, row.does, row.why) for row in (*ROWS, BATCHED, CHANGED)]
     return page.page(
         f"""
 # The contract with generate

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from mlfs import MLFSError
 from tests.contracts import page
-from tests.contracts.generate_rows import CHANGED, PLAIN, REFUSED, ROWS, SAME, ids, text
+from tests.contracts.generate_rows import BATCHED, CHANGED, PLAIN, REFUSED, ROWS, SAME, ids, text
 from tests.models.fused.models import language_model
 from tests.supernets import subnets_of
-from tests.tiny_models import CASES
+from tests.tiny_models import CASES, PAD
 
 DECODERS = [name for name, case in CASES.items() if case.is_decoder]
 SIZES = ("max", "uniform", "per layer, without layer 0")
@@ -57,6 +57,24 @@ def test_a_cache_of_another_size_is_refused_with_the_way_out(kind, models):
         message = r"^the cache holds keys of another size \(layer .*: go on with"
         with supernet.activate(subnets[then]), pytest.raises(MLFSError, match=message):
             supernet(ids()[:, 6:7], past_key_values=cache)
+
+
+def batched(model) -> list[list[int]]:
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
+    made = model.generate_batch(ids().tolist(), generation_config=options, progress_bar=False)
+    return [made[name].generated_tokens for name in sorted(made)]
+
+
+def test_requests_are_batched_at_full_size_alone():
+    supernet = language_model("llama")
+    subnets = subnets_of("llama")
+    assert batched(supernet.model) == batched(supernet.extract(subnets["max"]).eval())
+    with supernet.activate(subnets["min"]), pytest.raises(MLFSError, match=r"supernet\.extract\(subnet\)\.generate_b"):
+        batched(supernet.model)
+    bound = supernet.bound(subnets["min"])
+    with pytest.raises(MLFSError, match="continuous batching runs in a thread"):
+        bound.generate(ids(), cache_implementation="paged", max_new_tokens=2)
+    assert BATCHED.does == REFUSED
 
 
 @torch.no_grad()

@@ -217,6 +217,8 @@ def recorded(trainer: Trainer) -> set[tuple[str, int, tuple[str, ...]]]:
     def record(name: str) -> Any:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             shapes.add((name, len(args), tuple(sorted(kwargs))))
+            if name == "compute_loss":
+                assert args[0].config.vocab_size
             return getattr(super(watching, self), name)(*args, **kwargs)
 
         return method

@@ -1,12 +1,13 @@
 """What was built of csrc/: whether the extension can be used here, why not, and what to do."""
 
-import json
 import re
 import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from mlfs.files import read_json
 
 RECORD = Path(__file__).parents[2] / "_cpu.json"  # setup.py writes it
 REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir"  # a wheel in pip's cache is of the last install
@@ -36,7 +37,7 @@ def why_no_extension() -> str | None:
 def read_record() -> dict[str, str]:
     """Reads what setup.py wrote of the build: `torch`, the version compiled for, or `why_not`; empty if nothing."""
     try:
-        return json.loads(RECORD.read_text(encoding="utf-8"))
+        return read_json(RECORD)
     except (OSError, ValueError):
         return {}
 
