@@ -6,9 +6,10 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mlfs.commands.environment import cpu_name, library_version
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("--", ".", ":!bench/results")  # what is recorded one after the other is of one commit
@@ -33,7 +34,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     if seed is not None:
         found["seed"] = seed
     found["python"] = platform.python_version()
-    found |= {library: _version(library) for library in LIBRARIES}
+    found |= {library: library_version(library) for library in LIBRARIES}
     found |= {"machine": cpu_name(), "cores": len(os.sched_getaffinity(0))}
     # Not imported here: a bench of the CPU need not wait for it, and may want to set variables before.
     if (torch := sys.modules.get("torch")) is not None:
@@ -60,23 +61,6 @@ def command() -> str:
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 
-def cpu_name() -> str:
-    """Returns the CPU's model name; where the system states none, its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

@@ -1,4 +1,4 @@
-"""The command line: `mlfs train | eval | export | demo`."""
+"""The command line: `mlfs train | eval | export | demo | env`."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ verbs:
   train    make a model a super-transformer and train it in three low-rank stages
   eval     score one size of a trained run
   export   write one size of a trained run as an ordinary transformers checkpoint
+  env      show what is active on this machine, and why: versions, backends, processors
 
 `mlfs VERB --help` explains a verb."""
 
@@ -145,7 +146,16 @@ def _demo(words: list[str]) -> None:
     (demo.decoder if given.decoder else demo.encoder)(folder, given.seed, given.steps)
 
 
-VERBS = {"train": _train, "eval": _eval, "export": _export, "demo": _demo}
+def _env(words: list[str]) -> None:
+    parser = _Parser("mlfs env", description="Shows what is active on this machine, and why: to read, and for reports.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(words)
+    from mlfs.commands.environment import show
+
+    print(show(given.json))
+
+
+VERBS = {"train": _train, "eval": _eval, "export": _export, "demo": _demo, "env": _env}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -2,7 +2,11 @@
 Triton's interpreter, but for `pytest -m gpu`, which runs the kernels on a GPU."""
 
 import os
+import sys
 
+# Before Triton is imported, which the conftest.py of a folder may do before `pytest_configure` runs.
+if not any(flag == "-m" and mark.startswith("gpu") for flag, mark in zip(sys.argv, sys.argv[1:], strict=False)):
+    os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports the hub's client, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What cuBLAS wants to be told before torch.use_deterministic_algorithms lets it run.

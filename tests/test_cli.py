@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,12 +140,11 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_space_that_says_nothing_is_refused() -> None:
-    model, _, _ = train_arguments(["--model", "minilm", "--output_dir", "r", "--space", "null"])
     with pytest.raises(MLFSError, match="a search space needs the keys"):
-        model.search_space()
+        train_arguments(["--model", "minilm", "--output_dir", "r", "--space", "null"])
 
 
-@pytest.mark.parametrize("verb", ["", "train", "eval", "export", "demo"])
+@pytest.mark.parametrize("verb", ["", "train", "eval", "export", "demo", "env"])
 def test_help_names_every_verb_and_its_options(verb: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])
@@ -156,6 +156,7 @@ def test_help_names_every_verb_and_its_options(verb: str, capsys: Any) -> None:
         "eval": "--subnet",
         "export": "--output_dir",
         "demo": "--decoder",
+        "env": "--json",
     }
     assert expected[verb] in text and "Traceback" not in text
     if verb == "train":
@@ -173,6 +174,9 @@ def test_help_shows_the_methods_options_before_those_of_transformers_with_their_
     )
     assert "Rank of the low-rank stages. (default: 8)" in text
     assert "+ " not in text.split("Method:")[1] and "config.help" not in text
+    listed = re.findall(r"^  --([\w-]+)", text, re.MULTILINE)
+    assert len(set(listed)) == len(listed) and {"rank", "seed", "model"} <= set(listed)
+    assert len(text.splitlines()) < 250
 
 
 def test_help_all_shows_every_training_argument(capsys: Any) -> None:
@@ -269,6 +273,10 @@ def test_the_package_runs_as_the_command() -> None:
 @pytest.mark.parametrize("text,message", [
     ("model: minilm\nlearnin_rate: 1\n", "unknown option 'learnin_rate'; did you mean learning_rate"),
     ("fold_stages: true\n", "its name is merge_stages now"), ("- a\n", "expected a mapping"), ("a: [", "not YAML"),
+    ("seed: 1\nmodel: a\nseed: 2\n", "gives 'seed' twice"),
+    ("learning-rate: 1\nlearning_rate: 2\n", "gives 'learning_rate' twice, once with dashes"),
+    ("model: &a [*a]\n", "within itself"), ("model: " + "[" * 100_000, "nested more than 50 deep"),
+    ('{"model": ' + "[" * 100_000, "nested more than 50 deep"), ("model: 2026-02-30", "not YAML: day is out of range"),
 ])  # fmt: skip
 def test_bad_file_is_refused(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.yaml"
@@ -286,6 +294,11 @@ def test_bad_file_is_refused(text: str, message: str, tmp_path: Path, capsys: An
     (["--model", "no/such-model"], "no/such-model"), (["--learnng_rate", "1"], "did you mean learning_rate"),
     (["--output_dir", ""], "--output_dir"), (["--stages_to_train", "2", "1"], "ascending"),
     (["--max_seq_length", "100000"], "max_seq_length"),
+    (["--space", "[" * 100_000], "--space is nested more than 50 deep"),
+    (["--space", '{"hidden": [1], "hidden": [2]}', "--train_file", "nowhere"], "--space gives 'hidden' twice"),
+    (["--palette", "[" * 100_000], "palette is nested"), (["--palette", '{"a": 1, "a": 2}'], "palette gives 'a' twice"),
+    (["--stages_to_train", "[" * 100_000], "nested too deep"), (["--seed", "9" * 5000], "seed"),
+    (["--lr_scheduler_kwargs", '{"a":' * 100_000], "recursion"),
 ])  # fmt: skip
 def test_bad_option_is_one_line_that_says_what_to_do(
     words: list[str], message: str, data: tuple[str, str], tmp_path: Path, capsys: Any

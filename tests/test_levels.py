@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("errors", "files"),
+    ("parsing",),
     ("space", "ops", "data"),
     ("elastic",),
     ("models",),

@@ -1,5 +1,7 @@
-"""What gets installed, and that the folder kernels/ never passes for the Hugging Face library `kernels`."""
+"""What gets installed where, and that the folder kernels/ never passes for the Hugging Face library `kernels`."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +12,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ("build_backend.py", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")  # to build with
 
 
 def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
@@ -24,22 +29,135 @@ def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a clean copy of the sources, where any call of a compiler fails."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree)
-    for name in ("mlfs", "kernels", "csrc", "tests"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    no_compiler = {name: shutil.which("false") or "false" for name in ("CC", "CXX", "CUDACXX")}
+def copy_sources(tree: Path) -> None:
+    for name in (*FILES, "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("mlfs", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_cpu.json")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+
+
+def build_wheel(tree: Path, **variables: str) -> Path:
+    """Builds a wheel from a clean copy of the sources, under these variables of the environment."""
+    copy_sources(tree)
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_it.py").write_text("")  # is not to be installed
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*pip, "-w", "dist", "."], cwd=tree, env={**os.environ, **no_compiler}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    env = {**os.environ, **variables}
+    done = subprocess.run([*pip, "-w", "dist", "."], cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (built,) = (tree / "dist").glob("*.whl")
     return built
+
+
+def record_of(wheel: Path) -> dict[str, str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("mlfs/_cpu.json"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built where no compiler is found."""
+    return build_wheel(tmp_path_factory.mktemp("tree"), CC="/nowhere/cc", CXX="/nowhere/c++")
+
+
+@pytest.fixture(scope="module")
+def compiled_wheel(tmp_path_factory) -> Path:
+    """A wheel built with a compiler that writes empty files."""
+    stand_in = tmp_path_factory.mktemp("bin") / "c++"
+    stand_in.write_text('#!/bin/sh\nwhile [ "$#" -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    stand_in.chmod(0o755)
+    return build_wheel(tmp_path_factory.mktemp("tree"), CC=str(stand_in), CXX=str(stand_in))
+
+
+def test_wheel_without_an_extension_is_for_any_platform_and_says_why(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert record_of(wheel) == {"why_not": "there was no C++ compiler when mlfs was installed"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CC": "false", "CXX": "false"}, "false did not compile it when mlfs was installed"),
+        ({"MLFS_NO_EXTENSION": "1"}, "MLFS_NO_EXTENSION was set when mlfs was installed"),
+    ],
+)
+def test_wheel_is_for_any_platform_whatever_kept_the_extension_out(variables, reason, tmp_path):
+    built = build_wheel(tmp_path, **variables)
+    assert built.name.endswith("-py3-none-any.whl") and record_of(built) == {"why_not": reason}
+
+
+def test_wheel_with_the_extension_is_for_one_platform_and_names_its_pytorch(compiled_wheel):
+    assert "-none-any" not in compiled_wheel.name
+    assert record_of(compiled_wheel) == {"torch": torch.__version__}
+    assert any(
+        name.startswith("mlfs/_cpu.") and name.endswith(".so") for name in zipfile.ZipFile(compiled_wheel).namelist()
+    )
+
+
+WHY_NOT = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # finds the tree's extension
+from mlfs.ops.backend import why_no_cpp
+print(why_no_cpp())
+"""
+
+
+def test_installed_package_says_why_it_has_no_extension(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (reason,) = python(WHY_NOT, tmp_path, path=tmp_path / "site")
+    assert "there was no C++ compiler when mlfs was installed" in reason and "install g++ or clang++" in reason
+
+
+def test_extension_for_another_pytorch_is_named_before_it_is_loaded(compiled_wheel, tmp_path):
+    zipfile.ZipFile(compiled_wheel).extractall(tmp_path / "site")
+    (broken,) = python(WHY_NOT, tmp_path, path=tmp_path / "site")
+    assert "cannot be loaded" in broken and "install mlfs again" in broken  # it is an empty file
+    (tmp_path / "site" / "mlfs" / "_cpu.json").write_text('{"torch": "1.99.0+cu999"}')
+    (other,) = python(WHY_NOT, tmp_path, path=tmp_path / "site")
+    assert f"compiled for PyTorch 1.99.0+cu999, and this is {torch.__version__}; install mlfs again" in other
+
+
+ASK_BACKEND = """
+import os, sys
+sys.path[:] = [folder for folder in sys.path if "site-packages" not in folder and "dist-packages" not in folder]
+os.environ["CXX"], os.environ["MLFS_NO_EXTENSION"] = sys.argv[1:]
+import build_backend
+print(build_backend.get_requires_for_build_wheel())
+print(build_backend.get_requires_for_build_editable())
+import importlib.util
+print(importlib.util.find_spec("torch") is not None)
+"""
+
+
+def ask_backend(folder: Path, code: str = ASK_BACKEND, compiler: str = sys.executable, off: str = "") -> list[str]:
+    """Asks build_backend.py what it requires where, as in pip's isolation, setuptools is all that is importable."""
+    tree, packages = folder / "tree", folder / "isolated"
+    if not tree.exists():
+        tree.mkdir()
+        copy_sources(tree)
+        installed = Path(setuptools.__file__).parents[1]
+        for name in ("setuptools", f"setuptools-{setuptools.__version__}.dist-info"):
+            shutil.copytree(installed / name, packages / name)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (packages, tree)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, compiler, off], cwd=tree, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line in ("[]", "['torch']", "True", "False")]
+
+
+def test_isolated_build_takes_the_pytorch_that_is_installed(tmp_path):
+    assert importlib.util.find_spec("torch")
+    assert ask_backend(tmp_path) == ["[]", "[]", "True"]
+
+
+def test_isolated_build_requires_pytorch_only_where_none_is_and_a_compiler_would_use_it(tmp_path):
+    nowhere = "import site, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; site.ENABLE_USER_SITE = False"
+    hidden = f"{nowhere}; site.getsitepackages = lambda: []" + ASK_BACKEND
+    assert ask_backend(tmp_path, hidden) == ["['torch']", "['torch']", "False"]
+    assert ask_backend(tmp_path, hidden, compiler="/nowhere/c++") == ["[]", "[]", "False"]
+    assert ask_backend(tmp_path, hidden, off="1") == ["[]", "[]", "False"]
 
 
 def test_wheel_holds_mlfs_and_its_kernels_and_nothing_else(wheel):
@@ -61,11 +179,7 @@ def test_wheel_brings_its_types_and_its_licence(wheel):
 
 
 def test_source_distribution_holds_all_that_is_compiled_and_the_licence(tmp_path):
-    names = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md")
-    for name in (*names, "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("mlfs", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    copy_sources(tmp_path)
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "sdist"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -75,7 +189,7 @@ def test_source_distribution_holds_all_that_is_compiled_and_the_licence(tmp_path
         packed = {name.partition("/")[2] for name in archive.getnames()}
     sources = [path for name in ("kernels", "csrc") for path in (ROOT / name).iterdir() if path.is_file()]
     assert {path.relative_to(ROOT).as_posix() for path in sources if path.suffix != ".pyc"} <= packed
-    assert {*names, "mlfs/py.typed"} <= packed
+    assert {*FILES, "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "mlfs/py.typed"} <= packed
 
 
 def test_installed_package_imports_its_kernels(wheel, tmp_path):

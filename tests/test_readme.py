@@ -120,7 +120,7 @@ def test_the_picture_of_the_architecture_has_the_levels_that_are_tested() -> Non
     picture = page[page.index("level   room") : page.index("kernels/   Triton")]
     space: dict[str, Any] = {"__file__": str(ROOT / "tests" / "test_levels.py"), "__name__": "test_levels"}
     exec((ROOT / "tests" / "test_levels.py").read_text(encoding="utf-8"), space)
-    lines = {int(line.split()[0]): line for line in re.split(r"\n(?= {6}\d)", picture)[1:]}
+    lines = {int(line.split()[0]): line for line in re.split(r"\n(?= {5}[ \d]\d)", picture)[1:]}
     assert set(lines) == set(range(1, len(space["LEVELS"])))  # the last one only starts the command line
     for level, line in lines.items():
         for room in space["LEVELS"][level - 1]:

@@ -1,6 +1,5 @@
 """Pretrained models by name, with tokenizer, task head and the sizes to offer."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
 from mlfs.models.pretrained import SHORT_NAMES, find_model
+from mlfs.parsing import parse_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
@@ -40,14 +40,10 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
 
     def search_space(self) -> SearchSpace | None:
-        """Reads `space` as JSON; None where it is not given, for the default. Raises MLFSError if it is not JSON."""
+        """Reads `space`; None where it is not given, for the default. Raises MLFSError unless it is one, in JSON."""
         if self.space is None:
             return None
-        try:
-            value = json.loads(self.space)
-        except ValueError as error:
-            raise MLFSError(f"--space is not JSON ({error}): expected {{hidden, heads, ffn, layers}}") from None
-        return SearchSpace.from_dict(value)
+        return SearchSpace.from_dict(parse_json(self.space, "--space", "{hidden, heads, ffn, layers}"))
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:

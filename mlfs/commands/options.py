@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlfs.errors import MLFSError
+from mlfs.parsing import MAX_DEPTH, parse_yaml
 
 DESCRIPTION = """Trains a super-transformer in three stages; prints what each size costs and scores.
 
@@ -101,23 +102,19 @@ def train_arguments(words: list[str]) -> tuple[Any, Any, Any]:
         made = [
             kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}) for kind in kinds
         ]
-    except (ValueError, OverflowError) as error:  # transformers' own checks
+    except (ValueError, OverflowError, RecursionError) as error:  # transformers' own checks
         raise MLFSError(" ".join(str(error).split())) from None
-    return tuple(made)  # type: ignore[return-value]
+    model, data, args = made
+    model.search_space()  # type: ignore[union-attr]  # asked before data and model are loaded
+    return model, data, args
 
 
 def read_file(path: Path, types: dict[str, Any]) -> dict[str, Any]:
     """Reads a YAML file of options; raises MLFSError unless it is a mapping of names in `types` to values."""
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise MLFSError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise MLFSError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise MLFSError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise MLFSError(f"{path}: expected a mapping of options to values")
     found = {}
@@ -125,6 +122,8 @@ def read_file(path: Path, types: dict[str, Any]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in types:
             raise MLFSError(f"{path}: unknown option {key!r}{_nearest(str(key), types)}")
+        if name in found:
+            raise MLFSError(f"{path} gives {name!r} twice, once with dashes: keep one")
         if value is not None:  # a name without a value says nothing
             found[name] = _in_a_file(value, types[name])
     return found
@@ -204,6 +203,8 @@ def _in_yaml(value: Any) -> str:
         return f"[{', '.join(_in_yaml(item) for item in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
+    if value.count("[") + value.count("{") > MAX_DEPTH:  # the parser's C code crashes on 100,000
+        raise MLFSError(f"a value that begins with {value[:20]!r} is nested too deep: it is not what is expected here")
     return NUMBERS.get(value.lower(), value)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
 
 from mlfs.data.arguments import DataArguments
 from mlfs.errors import MLFSError
@@ -49,6 +51,9 @@ GLUE_TEXTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mrpc", "stsb", "rte", "wnli"), _PAIR),
     **dict.fromkeys(("mnli", "mnli_matched", "mnli_mismatched"), ("premise", "hypothesis")),
 }
+MAX_DIGITS = 300  # of a label; float64 ends at 309
+MAX_FLOAT = 3.4028234663852886e38  # the largest float32, which labels of regression become
+MAX_NAMED = 30  # columns that a message names
 MAX_WHOLE_FLOATS = 20  # more distinct whole-numbered floats than that are measurements, not classes
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -70,8 +75,20 @@ class Part:
 
     @property
     def found(self) -> str:
-        """The columns there are, for messages."""
-        return "its columns are " + ", ".join(repr(column) for column in self.rows.column_names)
+        """The columns there are, for messages; of very many the first."""
+        names = self.rows.column_names
+        more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+        return "its columns are " + ", ".join(map(repr, names[:MAX_NAMED])) + more
+
+    @cached_property
+    def features(self) -> Features:
+        """The types of the columns. `Dataset.features` copies them all at each call: 40 ms for 2,000 columns."""
+        return self.rows.features
+
+    @cached_property
+    def head(self) -> pa.Table:
+        """The first thousand rows."""
+        return self.rows.with_format("arrow")[: min(len(self.rows), 1000)]
 
 
 def parts_of(train: Dataset | None, validation: Dataset | None, args: DataArguments) -> list[Part]:
@@ -135,11 +152,12 @@ def find_columns(part: Part, args: DataArguments) -> tuple[str, tuple[str, ...],
 def check_columns(part: Part, texts: tuple[str, ...], label: str | None) -> None:
     """Raises MLFSError unless the columns are there, and the texts are strings of which none is missing."""
     _require(part, texts, label)
+    rows = part.rows.select_columns(list(texts)).with_format("arrow")  # of all columns each is read at each question
     for column in texts:
-        missing = pc.index(pc.is_null(part.rows.with_format("arrow")[column][:]), True).as_py()
+        missing = pc.index(pc.is_null(rows[column][:]), True).as_py()
         if missing >= 0:
             raise MLFSError(f"row {missing + 1} of the {part.place} has no {column!r}; fill it in, or remove the row")
-        if not _is_string(part.rows, column):
+        if not _is_string(part, column):
             raise MLFSError(f"column {column!r} of the {part.place} is not text; {part.found}; give --text_column")
 
 
@@ -149,8 +167,8 @@ def read_labels(part: Part, column: str) -> list[Any]:
     Raises:
         MLFSError: a label is missing, or is a value that no label can be, such as a list.
     """
-    values = part.rows[column][:]
-    feature = part.rows.features[column]
+    values = part.rows.select_columns([column])[column][:]
+    feature = part.features[column]
     if isinstance(feature, ClassLabel):
         values = [None if v is None or v < 0 else feature.int2str(v) for v in values]
     values = [v.strip() if isinstance(v, str) else v for v in values]
@@ -162,13 +180,35 @@ def read_labels(part: Part, column: str) -> list[Any]:
                 f"column {column!r} of the {part.place} is no label: it holds {type(value).__name__} values"
             )
     if all(isinstance(v, str) and _NUMBER.fullmatch(v) for v in values):
-        return [int(v) if _WHOLE.fullmatch(v) else float(v) for v in values]
+        return [_number(v, f"row {row} of the {part.place}") for row, v in enumerate(values, 1)]
     return values
 
 
-def is_continuous(values: list[Any]) -> bool:
-    """Tells whether labels measure something: fractions, or more whole-numbered floats than there would be classes."""
+def _number(text: str, place: str) -> int | float:
+    """Reads a label that spells a number; raises MLFSError for one that no float can hold, such as 1e400."""
+    whole = _WHOLE.fullmatch(text) and len(text) <= MAX_DIGITS
+    value = int(text) if whole else float(text)
+    if not math.isfinite(value):
+        shown = text if len(text) <= MAX_DIGITS else f"{text[:20]}..."
+        raise MLFSError(f"{place} has the label {shown}, which is larger than any number here; correct it")
+    return value
+
+
+def is_continuous(values: list[Any], part: Part) -> bool:
+    """Tells whether labels measure something: fractions, or more whole-numbered floats than there would be classes.
+
+    Raises:
+        MLFSError: some are fractions, and others no numbers: with one cell "n/a" a measurement would pass for as many
+            classes as it has values.
+    """
     if not all(isinstance(v, int | float) for v in values):
+        fractions = [v for v in values if isinstance(v, str) and _NUMBER.fullmatch(v) and not float(v).is_integer()]
+        if fractions:
+            row, odd = next((row, v) for row, v in enumerate(values, 1) if not _NUMBER.fullmatch(v))
+            raise MLFSError(
+                f"row {row} of the {part.place} has the label {odd!r}, and others are numbers such as {fractions[0]}: "
+                "correct it, or give --task classification"
+            )
         return False
     floats = [v for v in values if isinstance(v, float)]
     return any(not v.is_integer() for v in floats) or (bool(floats) and len(set(values)) > MAX_WHOLE_FLOATS)
@@ -177,8 +217,12 @@ def is_continuous(values: list[Any]) -> bool:
 def float_labels(values: list[Any], part: Part) -> list[float]:
     """Makes labels for regression; raises MLFSError if one is a name."""
     for row, value in enumerate(values, 1):
-        if isinstance(value, str):
+        if isinstance(value, str) and not _NUMBER.fullmatch(value):
             raise MLFSError(f"row {row} of the {part.place} has the label {value!r}; regression needs numbers")
+        if abs(float(value)) > MAX_FLOAT:
+            raise MLFSError(
+                f"row {row} of the {part.place} has the label {value}, which is larger than any float32; correct it"
+            )
     return [float(value) for value in values]
 
 
@@ -188,7 +232,7 @@ def class_names(values: list[Any], part: Part, column: str) -> list[str]:
     Raises:
         MLFSError: training has one class only.
     """
-    feature = part.rows.features[column]
+    feature = part.features[column]
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names is None:
         names = list(dict.fromkeys(_name(value) for value in sorted(set(values))))
@@ -232,7 +276,7 @@ def _guess_label(part: Part, taken: tuple[str, ...]) -> str | None:
 def _guess_texts(part: Part, label: str | None, most: int) -> tuple[str, ...]:
     """Finds up to `most` text columns: the only string columns there are, else ones with names of benchmarks."""
     columns = [c for c in part.rows.column_names if c != label and c.lower() not in ID_NAMES]
-    found = tuple(c for c in columns if _is_string(part.rows, c) and not _is_numeric(part.rows, c))
+    found = tuple(c for c in columns if _is_string(part, c) and not _is_numeric(part, c))
     if 1 <= len(found) <= most:
         return found
     for known in KNOWN_TEXTS:
@@ -242,14 +286,17 @@ def _guess_texts(part: Part, label: str | None, most: int) -> tuple[str, ...]:
     raise MLFSError(f"{which} in the {part.place}; {part.found}; give --text_column (and --text_pair_column)")
 
 
-def _is_string(rows: Dataset, column: str) -> bool:
-    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+def _is_string(part: Part, column: str) -> bool:
+    return getattr(part.features[column], "dtype", None) in ("string", "large_string")
 
 
-def _is_numeric(rows: Dataset, column: str) -> bool:
+def _is_numeric(part: Part, column: str) -> bool:
     """Tells whether the first thousand strings of a column all spell numbers."""
-    values = [value for value in rows[: min(len(rows), 1000)][column] if value]
-    return bool(values) and all(_NUMBER.fullmatch(value) for value in values)
+    texts = part.head[column]
+    filled = texts.filter(pc.greater(pc.binary_length(texts), 0))
+    pattern = _NUMBER.pattern.replace(r"\d", r"\p{Nd}")  # what Python means by \d: digits of any script
+    spelt = pc.match_substring_regex(filled, f"^(?:{pattern})$")
+    return bool(len(filled)) and pc.all(spelt).as_py()
 
 
 def _name(value: Any) -> str:

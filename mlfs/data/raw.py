@@ -105,7 +105,7 @@ def prepare(
     if label is not None:
         values = [read_labels(part, label) for part in parts]
         if task == "auto":
-            task = "regression" if id2label is None and is_continuous(values[0]) else "classification"
+            task = "regression" if id2label is None and is_continuous(values[0], parts[0]) else "classification"
         if task == "regression":
             columns: list[list[Any]] = [float_labels(*pair) for pair in zip(values, parts, strict=True)]
             feature: Value | ClassLabel = Value("float32")

@@ -6,15 +6,15 @@ else (isinstance, names, hooks).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from mlfs.elastic.scope import Scope
 from mlfs.errors import MLFSError
+from mlfs.models.caches import fit_caches, keep_caches_in_step
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
 Forward = Callable[..., Any]  # a forward pass: of a module and its inputs
@@ -108,23 +108,17 @@ def _call_or_skip(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     """Runs the layer, or returns its input where the subnet leaves the layer out."""
     scope, _, layer = self._following
     sizes = scope.sizes
+    given = (*args, *kwargs.values())
     if not sizes.keeps(layer):
-        _keep_caches_in_step((*args, *kwargs.values()), hidden_states, layer)
+        keep_caches_in_step(given, hidden_states, layer)
         return hidden_states
+    fit_caches(given, layer, sizes.of_layer["kv_heads"][layer], sizes.head_dim)
     if self.training and getattr(self, "gradient_checkpointing", False):
         kwargs["_sizes"] = sizes
     out = type(self)._own_class.__call__(self, hidden_states, *args, **kwargs)
     if isinstance(sizes, RowSizes):
         return _skip_rows(out, hidden_states, sizes, layer)
     return out
-
-
-def _keep_caches_in_step(values: Iterable[Any], hidden_states: Tensor, layer: int) -> None:
-    """Adds one number per token to the skipped layer's part of a key-value cache, which tells lengths by any layer."""
-    for cache in values:
-        if isinstance(cache, Cache):
-            token = hidden_states[..., :1].detach().unsqueeze(1)  # (batch, 1, tokens, 1)
-            cache.update(token, token, layer)
 
 
 def _skip_rows(out: Tensor, hidden_states: Tensor, sizes: RowSizes, layer: int) -> Tensor:

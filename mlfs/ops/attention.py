@@ -69,17 +69,20 @@ def ranges_of_keys(keys: Sequence[tuple[int, int]], tokens: int, past: int = 0) 
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Computes attention of queries to their own keys and all keys before, where `takes_ranges`.
+    """Computes what transformers means by attention without a mask in a causal model, where `takes_ranges`.
+
+    Of several queries the i-th attends to the keys 0 to i: there is no past, and keys beyond the queries, which a cache
+    of a fixed length has, are not written yet. A single query attends to all keys.
 
     Args:
-        q: (rows, heads, tokens, dim). k, v: (rows, heads / group, keys, dim); the queries belong to the last keys.
+        q: (rows, heads, tokens, dim). k, v: (rows, heads / group, keys, dim), at least as many keys as tokens.
         scale: of the products of queries and keys. p: probability of dropout.
 
     Returns:
         (rows, tokens, heads, dim).
     """
     rows, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
-    ranges = ranges_of_keys([(0, keys)] * rows, tokens, past=keys - tokens)
+    ranges = ranges_of_keys([(0, keys if tokens == 1 else tokens)] * rows, tokens, past=keys - 1 if tokens == 1 else 0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return ragged_attention(q, k, v, ranges, scale, causal=True, p=p)
 

@@ -79,7 +79,8 @@ class Dimensions:
             for layer, size in zip(subnet.layers, subnet.per_layer(axis), strict=True):
                 spelled[layer] = size
         kv_heads = [self._kv_heads_of(count) for count in heads]
-        return LayerSizes(subnet, {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "ffn": tuple(ffn)})
+        of_layer = {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "ffn": tuple(ffn)}
+        return LayerSizes(subnet, of_layer, self.head_dim)
 
     def _kv_heads_of(self, heads: int) -> int:
         """Counts the key-value heads that a number of query heads needs."""
@@ -92,10 +93,12 @@ class LayerSizes:
 
     Attributes:
         of_layer: for each axis ("heads", "kv_heads", "ffn") one size per layer; 0 where the layer is left out.
+        head_dim: numbers in a head, the same in every layer.
     """
 
     subnet: Subnet
     of_layer: dict[str, tuple[int, ...]]
+    head_dim: int
 
     def __hash__(self) -> int:
         return hash(self.subnet)

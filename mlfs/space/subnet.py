@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlfs.errors import MLFSError
+from mlfs.parsing import parse_json
 
 PerLayer = int | tuple[int, ...]
 
@@ -89,10 +90,7 @@ class Subnet:
         Raises:
             MLFSError: the text is no JSON, or as `from_dict`.
         """
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise MLFSError(f"not a subnet in JSON: {text!r} ({error}); expected e.g. {_EXAMPLE}") from None
+        return cls.from_dict(parse_json(text, f"the subnet {text[:200]!r}", f"e.g. {_EXAMPLE}"))
 
     def __str__(self) -> str:
         def show(value: PerLayer) -> str:

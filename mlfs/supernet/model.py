@@ -122,7 +122,7 @@ class SuperTransformer(nn.Module):
         """
         full = self._scope.default
         rows = tuple(self.layer_sizes(subnet) for subnet in subnets)
-        with self._scope.activate(RowSizes(full.subnet, full.of_layer, rows)):
+        with self._scope.activate(RowSizes(full.subnet, full.of_layer, full.head_dim, rows)):
             yield self
 
     @property

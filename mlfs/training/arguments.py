@@ -1,7 +1,6 @@
 """`MLFSArguments`: transformers' TrainingArguments plus what the method adds."""
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from mlfs.errors import MLFSError
+from mlfs.parsing import parse_json
 from mlfs.training.execution import EXECUTIONS
+from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
 
@@ -93,6 +94,7 @@ class MLFSArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning is for GPUs, and warns without one
@@ -141,10 +143,7 @@ class MLFSArguments(TrainingArguments):
     def _check_palette(self) -> None:
         if self.palette is None:
             return
-        try:
-            named = json.loads(self.palette)
-        except ValueError as error:
-            raise MLFSError(f"palette is not JSON ({error}): expected an object of name: subnet") from None
+        named = parse_json(self.palette, "palette", "an object of name: subnet")
         if not isinstance(named, dict) or not named:
             raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
 

@@ -1,13 +1,14 @@
 """A transformers Trainer that evaluates a palette of subnets instead of one model."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from mlfs.models.fused.padding import heads_read_no_padding, reads_no_padding, without_padding
+from mlfs.parsing import parse_json
 from mlfs.report.cost import latency, size_on_disk
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
@@ -34,7 +35,9 @@ class PaletteTrainer(Trainer):
         self.supernet = supernet
         self.palette = supernet.space.palette()
         if args.palette is not None:
-            self.palette = {name: Subnet.from_dict(value) for name, value in json.loads(args.palette).items()}
+            self.palette = {
+                name: Subnet.from_dict(value) for name, value in parse_json(args.palette, "palette").items()
+            }
         for subnet in self.palette.values():
             supernet.space.check(subnet)
         self.task = task_of(supernet.model)
@@ -75,13 +78,18 @@ class PaletteTrainer(Trainer):
             return metrics
         loader = self.get_eval_dataloader(sets)
         palette = self.subnets_to_evaluate()
+        # A loader draws a number each time it is gone through. Training goes on with the numbers it would have had with
+        # one evaluation of one model, as by Trainer: else the sizes of the palette would change what is learned.
+        before = torch.get_rng_state()
         batch = self._prepare_inputs(dict(next(iter(loader))))
+        torch.set_rng_state(before)
         sample = without_labels(self.supernet.model, batch, self.label_names)
         ignored = [*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"]
         metrics = {}
         values: dict[str, list[float]] = {}  # of each metric, over the subnets
         for name, subnet in palette.items():
             prefix = f"{metric_key_prefix}_{name}"
+            torch.set_rng_state(before)
             with self.supernet.activate(subnet):
                 scores = self._score(loader, f"Evaluation of {name} ({subnet})", ignored, prefix)
                 cost = {"latency": latency(self.model, sample)}

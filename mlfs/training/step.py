@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
@@ -76,6 +77,9 @@ class SubnetTrainer(PaletteTrainer):
             losses = run(self, self.subnet_loss, model, batch, subnets, weights)
         self._check_finite(subnets, losses)
         self._update_follows = self.accelerator.sync_gradients
+        steps = self.args.torch_empty_cache_steps
+        if steps is not None and self.state.global_step % steps == 0:
+            clear_device_cache()
         if self.accelerator.sync_gradients:
             average_gradients(self._optimized_parameters(), self.accelerator.num_processes)
         self._add_to_means(subnets, losses)

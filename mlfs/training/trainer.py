@@ -28,6 +28,7 @@ from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.ranking import rank_units
+from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.runs import is_saved, last_checkpoint, resume_point, stage_folder
 from mlfs.training.step import SubnetTrainer
 from mlfs.training.stopping import TrainerControl, forget_stop, stop_was_asked, with_stage_flow
@@ -59,9 +60,7 @@ class MLFSTrainer(SubnetTrainer):
         **kwargs: Any,
     ) -> None:
         args = MLFSArguments() if args is None else args
-        for name in ("optimizers", "model_init"):
-            if kwargs.get(name) not in (None, (None, None)):
-                raise MLFSError(f"{name} cannot be given: every stage makes its own; use the options of MLFSArguments")
+        check_arguments(kwargs)
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
         if not isinstance(model, SuperTransformer):
@@ -235,11 +234,19 @@ class MLFSTrainer(SubnetTrainer):
             return {"max": self.supernet.space.max}
         return self.palette
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises MLFSError: it is not supported."""
+        raise refuse("hyperparameter_search")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises MLFSError: it is not supported."""
+        raise refuse("push_to_hub")
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         if trial is not None:
-            raise MLFSError("hyperparameter_search is not supported: run `mlfs train` once per setting")
+            raise refuse("hyperparameter_search")
         return str(stage_folder(self.run_folder, self.stage))
 
     def _make_room(self) -> None:

@@ -58,7 +58,7 @@ def test_arguments_override_the_guess():
         ({"text": ["a", "b"], "label": [0.5, math.nan]}, {}, ["row 2 of the train data has no 'label'"]),
         ({"text": ["a", "b"], "label": [1, 1]}, {}, ["the one label '1'", "two or more"]),
         ({"text": ["a", "b"], "label": [[1], [2]]}, {}, ["is no label"]),
-        ({"text": ["a", "b"], "label": ["1.5", "high"]}, {"task": "regression"}, ["row 1", "'1.5'", "needs numbers"]),
+        ({"text": ["a", "b"], "label": ["1.5", "high"]}, {"task": "regression"}, ["row 2", "'high'", "needs numbers"]),
         ({"text": ["a", "b"], "label": [0, 1]}, {"validation_fraction": 0.9}, ["leaves none to train on"]),
     ],
 )  # fmt: skip
@@ -113,3 +113,39 @@ def test_class_label_of_a_data_set_keeps_its_names_and_order():
     rows = Dataset.from_dict({"text": ["t", "u"], "label": [0, 1]}, features)
     raw = prepare(rows, None, DataArguments())
     assert raw.id2label == {0: "z", 1: "a"} and raw.train["labels"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("label", ["1e400", "-1e999", "9" * 400, "9" * 5000, "1e39"])
+def test_a_label_that_no_float_can_hold_is_refused(label):
+    columns = {"text": ["a", "b"], "label": ["0.5", label]}
+    message = one_line_error(lambda: prepared(columns), "row 2 of the train data has the label", "larger than any")
+    assert len(message) < 200
+
+
+def test_a_long_whole_number_that_a_float_holds_is_a_class_as_it_stands():
+    raw = prepared({"text": ["a", "b"], "label": ["9" * 30, "1"]})
+    assert raw.task == "classification" and set(raw.id2label.values()) == {"9" * 30, "1"}
+
+
+def test_a_message_names_some_of_very_many_columns():
+    columns = {f"column{i}": ["a", "b"] for i in range(500)} | {"label": [0, 1]}
+    message = one_line_error(lambda: prepared(columns), "'column29' and 471 more")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("numbers", [["1", "-2.5"], ["1e5", "٣"], [None, ".5"], ["", "7"]])
+def test_a_column_that_spells_numbers_is_no_text(numbers):
+    columns = {"note": numbers, "body": ["a", "b"], "label": [0, 1]}
+    assert prepared(columns).text_columns == ("body",)
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "n/a", "2,7", "unknown"])
+def test_a_measurement_with_a_cell_that_is_no_number_does_not_become_classes(odd):
+    columns = {"text": ["a", "b", "c"], "label": ["0.5", odd, "2.25"]}
+    one_line_error(lambda: prepared(columns), f"row 2 of the train data has the label {odd!r}", "such as 0.5")
+    assert prepared(columns, task="classification").id2label[0] == "0.5"
+    one_line_error(lambda: prepared(columns, task="regression"), f"row 2 of the train data has the label {odd!r}")
+
+
+def test_names_beside_whole_numbers_are_classes():
+    assert prepared({"text": ["a", "b"], "label": ["1", "none"]}).id2label == {0: "1", 1: "none"}

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from datasets import Dataset, arrow_dataset, formatting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlfs.data import files
 from mlfs.data.arguments import DataArguments
 from mlfs.data.raw import RawData, load_raw
 from tests.helpers.data import Load, one_line_error
@@ -230,3 +232,51 @@ def test_hub_errors_are_one_line(load, hub):
     one_line_error(
         call(dataset_config_name="mrpc", validation_split="test"), "row 1 of the validation data", "no 'label'"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "signs"),
+    [
+        ("a.csv", "sentence;label\nhello there;1\nbad day;0\n", ("commas", "2 with semicolons")),
+        ("a.csv", 'sentence;label\n"hello, there";1\n"bad; day";0\n', ("commas", "2 with semicolons")),
+        ("a.csv", "sentence\tlabel\nhello there\t1\nbad day\t0\n", ("commas", "2 with tabs")),
+        ("a.csv", "id|sentence|label\n1|hello|1\n2|bad|0\n", ("commas", "3 with bars")),
+        ("a.tsv", "sentence,label\nhello there,1\nbad day,0\n", ("tabs", "2 with commas")),
+    ],
+)
+def test_columns_between_other_separators_do_not_pass_for_one_text(load, name, content, signs):
+    one_line_error(lambda: load(name, content), *signs)
+
+
+@pytest.mark.parametrize("content", ["text\nhello; there\nbad day\n", "a;text\nhello; my; friend\nbad day\n"])
+def test_one_column_of_text_may_hold_semicolons(load, content):
+    raw = load_raw(load.args(train_file=load.write("a.csv", content)))
+    assert raw.task == "causal-lm" and raw.train[raw.text_columns[0]][:] == content.splitlines()[1:]
+
+
+def test_too_many_columns_are_refused_before_the_file_is_read(load):
+    names = ["text", "label", *(f"column{i}" for i in range(files.MAX_COLUMNS))]
+    content = "\n".join(",".join(row) for row in (names, ["x"] * len(names), ["y"] * len(names)))
+    one_line_error(lambda: load("a.csv", content), "20,002 columns", "keep those of text and label")
+
+
+def test_the_work_for_a_table_grows_with_its_columns_and_no_faster(load, monkeypatch):
+    """`datasets` copies or reads all columns where one is asked for: so it may be asked a fixed number of times."""
+    asked = []
+    original = Dataset.features.fget
+    monkeypatch.setattr(Dataset, "features", property(lambda self: asked.append(1) or original(self)))
+    formatted = []
+    original_format = formatting.format_table
+    monkeypatch.setattr(
+        arrow_dataset, "format_table", lambda *args, **kwargs: formatted.append(1) or original_format(*args, **kwargs)
+    )
+    counts = []
+    for width in (3, 40):
+        asked.clear()
+        formatted.clear()
+        names = ["text", "label", *(f"column{i}" for i in range(width))]
+        rows = [["x", "1"] + ["1"] * width, ["y", "0"] + ["1"] * width]
+        path = load.write(f"{width}.csv", "\n".join(",".join(row) for row in (names, *rows)))
+        assert load_raw(load.args(train_file=path)).text_columns == ("text",)
+        counts.append((len(asked), len(formatted)))
+    assert counts[0] == counts[1]

@@ -37,14 +37,15 @@ class Load:
         return load_raw(self.args(**options))
 
 
-def one_line_error(call: Callable[[], Any], *parts: str) -> None:
-    """Fails unless `call` raises an MLFSError of one line that holds every one of `parts`."""
+def one_line_error(call: Callable[[], Any], *parts: str) -> str:
+    """Fails unless `call` raises an MLFSError of one line that holds every one of `parts`; returns the message."""
     with pytest.raises(MLFSError) as error:
         call()
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
         assert part in message, message
+    return message
 
 
 def prepared(columns: dict[str, list], validation: dict[str, list] | None = None, **options: Any) -> RawData:

@@ -78,7 +78,7 @@ def test_bad_subnet_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a subnet in JSON: '{' .*expected e.g. {"),
+        ("{", "the subnet '{' is not JSON .*expected e.g. {"),
         ("[1]", "a subnet needs exactly the keys"),
         ('{"hidden": 8, "heads": 4, "ffn": 16}', "a subnet needs exactly the keys"),
         ('{"hidden": 8, "heads": 4, "ffn": 16, "layers": [0], "depth": 1}', "a subnet needs exactly the keys"),

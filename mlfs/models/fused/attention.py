@@ -42,7 +42,7 @@ def rotary_attention(block: RotaryAttention, own_forward: Forward) -> Forward:
             kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
         p = self.attention_dropout if self.training else 0.0
         # o: (batch, tokens, heads, head_dim)
-        if _sees_all_before(self, k, attention_mask, kwargs) and takes_ranges(q, k):
+        if _sees_all_before(self, k, attention_mask, kwargs) and takes_ranges(q, k, v):
             o, weights = causal_attention(q, k, v, self.scaling, p), None
         else:
             o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
@@ -66,7 +66,7 @@ def _turned_heads(
 
 
 def _sees_all_before(module: Any, k: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
-    """Tells whether each query attends to its key and all before it; k: (batch, heads, keys, head_dim)."""
+    """Tells whether no mask is needed: each query attends to its key and all before; k: (batch, heads, keys, dim)."""
     window = options.get("sliding_window")
     return (
         mask is None

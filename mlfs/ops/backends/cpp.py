@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlfs.ops.backends.built import warn_of_plain_pytorch
+from mlfs.ops.backends.built import why_no_extension as why_no_cpp
 from mlfs.ops.backends.table import Backend, Others, implements
 from mlfs.ops.layer import ACTIVATIONS, NOTHING, Dropout, Epilogue, LowRankLinear, Norm, Wanted
 
 TYPES = (torch.float32, torch.float64)
+_WHY_NOT = why_no_cpp()  # asked once, here: torch.compile would trace the question, and break its graph at the file
 
 
 @cache
@@ -25,19 +28,13 @@ def extension() -> Any:
     return compiled
 
 
-@cache
-def why_no_cpp() -> str | None:
-    """Says why the extension cannot be used here; None where it can."""
-    try:
-        import mlfs._cpu  # noqa: F401
-    except ImportError as error:
-        return f"the extension was not built, or not for this PyTorch ({error}); reinstall with a C++ compiler at hand"
-    return None
-
-
 def _takes(x: Tensor, others: Others) -> bool:
     # fp64 is left to PyTorch: who computes in it compares, and wants its rounding
-    return x.dtype == torch.float32 and x.is_cpu and _are_like(x, others) and why_no_cpp() is None
+    if x.dtype != torch.float32 or not x.is_cpu or not _are_like(x, others):
+        return False
+    if _WHY_NOT is not None and not torch.compiler.is_compiling():
+        warn_of_plain_pytorch(_WHY_NOT)
+    return _WHY_NOT is None
 
 
 def _why_not(x: Tensor, others: Others) -> str | None:
