@@ -14,6 +14,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 class TrainerControl(_TrainerControl):
     """A control that remembers that somebody asked for the training to stop. The Trainer saves it by this name."""
 
+    __slots__ = ("_stop_was_asked",)  # beside the fields: whoever looks through them finds Trainer's
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "should_training_stop" and value:
@@ -28,7 +30,7 @@ def stop_was_asked(control: _TrainerControl) -> bool:
 
 def forget_stop(control: _TrainerControl, asked: bool = False) -> None:
     """Sets what `stop_was_asked` says."""
-    vars(control)["_stop_was_asked"] = asked
+    control._stop_was_asked = asked  # type: ignore[attr-defined]
 
 
 class StageFlow(DefaultFlowCallback):

@@ -220,14 +220,18 @@ ARGUMENTS = [
     Row("args", SAME, "MLFSArguments: all of TrainingArguments, and the method's own; by default MLFSArguments()."),
     Row("train_dataset", SAME, "A data set, or a stream (with max_steps or stage_steps), shuffled as by Trainer.", {},
         lambda: {"train_dataset": IterableDataset.from_generator(read_all)}),
-    Row("eval_dataset", SAME, "", TWICE_EVALUATED, lambda: {"eval_dataset": rows(8, 5)}),
+    Row("eval_dataset", SAME, "Of several sets (a dict) each is evaluated by itself: `eval_SET_SIZE_METRIC`.",
+        TWICE_EVALUATED, lambda: {"eval_dataset": rows(8, 5)}),
     Row("data_collator", SAME, "", {}, lambda: {"data_collator": DataCollatorWithPadding(Tokenizer())}),
     Row("compute_loss_func", SAME, "Every size's task loss; also where units are ranked.", {},
         lambda: {"compute_loss_func": own_loss}),
     Row("compute_metrics", SAME, "Of each size.", TWICE_EVALUATED, lambda: {"compute_metrics": accuracy}),
     Row("preprocess_logits_for_metrics", SAME, "", TWICE_EVALUATED,
         lambda: {"compute_metrics": accuracy, "preprocess_logits_for_metrics": scaled}),
-    Row("callbacks", SAME, "Called in each stage, with the stage's steps.", {}, lambda: {"callbacks": [Stops()]}),
+    Row("callbacks", SAME, "Each stage is a run to them: events of training come once a stage, and "
+        "`state.global_step` counts its steps, as names of checkpoints do; in `on_log` alone, and in logs, steps count "
+        "on through the stages. A callback that sets `should_training_stop` ends the run; with stop_ends=stage, "
+        "the stage (early stopping may end each).", {}, lambda: {"callbacks": [Stops()]}),
     Row("optimizer_cls_and_kwargs", SAME, "", {},
         lambda: {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5})}),
     Row("processing_class", SAME, "Saved with the run; read by `mlfs eval` and `mlfs export`."),
