@@ -9,7 +9,8 @@ Tensor encoder_layer(const Tensor& x, const std::vector<Layer>& projections, con
                      const Layer& up, int64_t activation, const Layer& down, const Norm& last_norm,
                      const Tensor& ranges, int64_t dim, double scale) {
   at::NoGradGuard no_grad;
-  TORCH_CHECK(x.dim() == 3 && projections.size() == 3, "an encoder layer takes x (rows, tokens, n), and projects it thrice");
+  check_tensor(x, 3, x.scalar_type(), "x");
+  TORCH_CHECK(projections.size() == 3 && dim > 0, "an encoder layer projects x thrice, to heads of a size");
   const int64_t rows = x.size(0), tokens = x.size(1);
   const Tensor flat = x.reshape({rows * tokens, x.size(2)});
   const auto one = [](const Tensor& from, const Layer& layer, int64_t act, const Maybe& residual) {

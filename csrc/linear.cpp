@@ -71,19 +71,21 @@ int64_t ranks_of(const Tensors& a) {
 // The kernels read what they are told to: everything is checked here
 void check(const Layer& layer, int64_t n, at::ScalarType type) {
   const auto& [weight, bias, a, b, scales, spans] = layer;
+  check_tensor(weight, 2, type, "W");
+  check_tensor(bias, 1, type, "bias");
   TORCH_CHECK(n >= 1 && n <= weight.size(1), "x has ", n, " columns, W ", weight.size(1));
-  TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->scalar_type() == type), "x and W differ in type");
   TORCH_CHECK(!bias || bias->size(0) == weight.size(0), "the bias is not as long as W");
   TORCH_CHECK(a.size() == b.size() && a.size() == scales.size(), "stages without A, B or scale");
   for (size_t s = 0; s < a.size(); s++) {
-    TORCH_CHECK(a[s].scalar_type() == type && b[s].scalar_type() == type, "x and the stages differ in type");
+    for (const Tensor& t : {a[s], b[s]}) check_tensor(t, 2, type, "A or B of a stage");
     TORCH_CHECK(a[s].size(1) >= n && b[s].size(0) == weight.size(0) && a[s].size(0) == b[s].size(1), "stage ", s,
                 " of ", a[s].sizes(), " and ", b[s].sizes(), " does not fit W of ", weight.sizes());
   }
   TORCH_CHECK(spans.size() % 2 == 0, "spans: expected pairs");
-  for (size_t i = 0; i < spans.size(); i += 2)
-    TORCH_CHECK(spans[i] >= 0 && spans[i + 1] >= 0 && spans[i] + spans[i + 1] <= weight.size(0), "rows ", spans[i],
-                " to ", spans[i] + spans[i + 1], " of W of ", weight.sizes());
+  for (size_t i = 0; i < spans.size(); i += 2)  // the sum of two large numbers could be a small one
+    TORCH_CHECK(spans[i] >= 0 && spans[i + 1] >= 0 && spans[i] <= weight.size(0) &&
+                    spans[i + 1] <= weight.size(0) - spans[i],
+                "rows ", spans[i], " to ", spans[i], " + ", spans[i + 1], " of W of ", weight.sizes());
 }
 
 // a from its column `a_column`, b from (b_row, b_column), each transposed if `turned`
@@ -108,6 +110,9 @@ Tensor zeros_unless(bool whole, const Tensor& like) {
 std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
                                     const Maybe& operand_, const Maybe& residual_, bool keep) {
   at::NoGradGuard no_grad;
+  check_tensor(x, 2, x.scalar_type(), "x");
+  for (const Maybe& t : {operand_, residual_}) check_tensor(t, 2, x.scalar_type(), "operand or residual");
+  check_activation(activation, operand_.has_value());
   const int64_t rows = x.size(0), n = x.size(1);
   const Maybe operand = rows_contiguous(operand_), residual = rows_contiguous(residual_);
   TORCH_CHECK(layers.size() == 1 || (activation == NONE && !residual), "what follows the product is of one layer");
@@ -122,7 +127,7 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
       const auto& [weight, bias, a, b, scales, spans] = layer;
       const int64_t m = length_of(spans), ranks = ranks_of(a);
       for (const Maybe& t : {operand, residual})
-        TORCH_CHECK(!t || (t->scalar_type() == x.scalar_type() && t->size(0) == rows && t->size(1) == m),
+        TORCH_CHECK(!t || (t->size(0) == rows && t->size(1) == m),
                     "operand or residual of ", t->sizes(), ", the product is of ", rows, " x ", m);
       const Tensor y = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
       const Tensor z = at::empty({keep ? rows : 0, m}, x.options());
@@ -167,6 +172,10 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, con
   TORCH_CHECK(dys.size() == layers.size() && hs.size() == layers.size() && trains.size() == layers.size() &&
                   !layers.empty(),
               "linear_backward: lists of different lengths");
+  for (const Tensor& dy : dys) check_tensor(dy, 2, dys[0].scalar_type(), "dy");
+  check_tensor(x, 2, dys[0].scalar_type(), "x");
+  for (const Maybe& h : hs) check_tensor(h, 2, dys[0].scalar_type(), "h");
+  TORCH_CHECK(n >= 1, "x has no columns");
   const int64_t rows = dys[0].size(0);
   const Tensor dx = at::empty({needs_dx ? rows : 0, n}, dys[0].options());
   std::vector<Tensors> gradients(layers.size());
@@ -181,8 +190,7 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, con
       const auto& [weight, bias, a, b, scales, spans] = layers[l];
       const Tensor& dy = dys[l];
       const int64_t m = length_of(spans), ranks = ranks_of(a);
-      TORCH_CHECK(dy.scalar_type() == dx.scalar_type() && dy.size(0) == rows && dy.size(1) == m &&
-                      trains[l].size() == a.size(),
+      TORCH_CHECK(dy.size(0) == rows && dy.size(1) == m && trains[l].size() == a.size(),
                   "gradient of ", dy.sizes(), ", the product was of ", rows, " x ", m);
       const Tensor g = at::empty({rows, ranks}, dy.options());
       kept.push_back(g);
@@ -200,7 +208,7 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, con
         if (needs_dx) whole.push_back(piece<T>(g, rank, false, a[s], 0, 0, true, a[s].size(0)));
         if (!trains[l][s]) continue;
         const auto fits = [&](const Maybe& t, int64_t columns) {
-          return t && t->scalar_type() == dx.scalar_type() && t->size(0) == rows && t->size(1) == columns;
+          return t && t->size(0) == rows && t->size(1) == columns;
         };
         TORCH_CHECK(fits(x, n) && fits(hs[l], ranks), "a stage trains: its gradient takes x and h");
         const Tensor da = zeros_unless(n == a[s].size(1) && rows, a[s]), db = zeros_unless(m == b[s].size(0) && rows, b[s]);
@@ -225,12 +233,12 @@ std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dys, con
 // out (rows, columns) = a (rows, depth) · bᵀ (columns, depth) + bias, of any strides; the rows of out lie side by side
 Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor& out) {
   at::NoGradGuard no_grad;
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && out.dim() == 2 && out.size(0) == a.size(0) &&
+  for (const Tensor& t : {a, b, out}) check_tensor(t, 2, a.scalar_type(), "factors or result of a product");
+  check_tensor(bias, 1, a.scalar_type(), "bias");
+  TORCH_CHECK(a.size(1) == b.size(1) && out.size(0) == a.size(0) &&
                   out.size(1) == b.size(0) && (!bias || bias->numel() == b.size(0)) &&
                   (out.stride(1) == 1 || out.size(1) <= 1),
               "product of ", a.sizes(), " and ", b.sizes(), " to ", out.sizes());
-  for (const Maybe& t : {Maybe(b), Maybe(out), bias})
-    TORCH_CHECK(!t || t->scalar_type() == a.scalar_type(), "factors, bias and result of a product differ in type");
   const Maybe shift = contiguous(bias);
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product", [&] {
     Products<scalar_t> one;
@@ -245,6 +253,7 @@ Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor
 // The forward pass alone; x, y, operand and residual may have any leading dimensions
 Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
                const Maybe& residual) {
+  TORCH_CHECK(x.dim() > 0, "x has no columns");
   const int64_t n = x.size(-1);
   const auto flat = [](const Maybe& t) { return t ? Maybe(t->reshape({-1, t->size(-1)})) : t; };
   TORCH_CHECK(n > 0, "x has no columns");

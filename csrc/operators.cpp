@@ -1,6 +1,7 @@
 // The operators of mlfs/ops for CPUs but the linear layers (linear.cpp), and the module that has them all.
 //
-// Tensors are checked in Python; here all have one type (float or double), and those called rows are contiguous.
+// The kernels read and write what they are told to, so that each operator checks all that it is given. All numbers have
+// one type (float or double); those called rows are contiguous.
 #include <ATen/Parallel.h>
 
 #include "operators.h"
@@ -49,12 +50,18 @@ namespace {
 
 int64_t grain(int64_t numbers_a_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(numbers_a_row, 1)); }
 
-std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& z, const Maybe& operand_,
+std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& z_, const Maybe& operand_,
                                                int64_t activation) {
   at::NoGradGuard no_grad;
-  const Tensor dy = dy_.contiguous(), dz = at::empty_like(z);
+  check_tensor(z_, z_.dim(), z_.scalar_type(), "z");
+  check_tensor(dy_, z_.dim(), z_.scalar_type(), "dy");
+  check_tensor(operand_, z_.dim(), z_.scalar_type(), "operand");
+  check_activation(activation, operand_.has_value());
+  TORCH_CHECK(activation != NONE && dy_.sizes() == z_.sizes() && (!operand_ || operand_->sizes() == z_.sizes()),
+              "activation ", activation, "'s gradient of ", dy_.sizes(), ", z is of ", z_.sizes());
+  const Tensor dy = dy_.contiguous(), z = z_.contiguous(), dz = at::empty(z.sizes(), z.options());
   const Maybe operand = contiguous(operand_);
-  const Tensor d_operand = operand ? at::empty_like(z) : at::empty({0}, z.options());
+  const Tensor d_operand = operand ? at::empty(z.sizes(), z.options()) : at::empty({0}, z.options());
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "activation_backward", [&] {
     const ActivationBackward<scalar_t> work = {(int)activation,         data<scalar_t>(dy), data<scalar_t>(z),
                                                data<scalar_t>(operand), data<scalar_t>(dz), data<scalar_t>(d_operand)};
@@ -69,11 +76,17 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy_, const Tensor& 
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x_, const Maybe& residual_, const Maybe& weight, const Maybe& bias,
                                     double eps, bool rms, double p, uint64_t seed) {
   at::NoGradGuard no_grad;
+  check_tensor(x_, 2, x_.scalar_type(), "x");
+  check_tensor(residual_, 2, x_.scalar_type(), "residual");
+  for (const Maybe& t : {weight, bias}) {
+    check_tensor(t, 1, x_.scalar_type(), "weight or bias");
+    TORCH_CHECK(!t || t->size(0) == x_.size(1), "weight or bias shorter than rows of x");
+  }
+  TORCH_CHECK(!residual_ || residual_->sizes() == x_.sizes(), "x and residual differ in shape");
+  check_dropout(p);
   const Tensor x = rows_contiguous(x_), y = at::empty(x.sizes(), x.options());
   const Maybe residual = rows_contiguous(residual_);
   const Maybe w = contiguous(weight), b = contiguous(bias);
-  TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "x and residual differ in shape");
-  for (const Maybe& t : {w, b}) TORCH_CHECK(!t || t->size(0) == x.size(1), "weight or bias shorter than rows of x");
   const bool changes = residual || p > 0;
   const Tensor s = changes ? at::empty(x.sizes(), x.options()) : x;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_norm", [&] {
@@ -93,11 +106,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy_, 
                                                              const Maybe& weight, double eps, bool rms, double p,
                                                              uint64_t seed, bool trains) {
   at::NoGradGuard no_grad;
-  const Tensor dy = dy_.contiguous(), s = s_.contiguous(), dx = at::empty_like(s);
+  check_tensor(s_, 2, s_.scalar_type(), "s");
+  for (const Maybe& t : {Maybe(dy_), ds_}) {
+    check_tensor(t, 2, s_.scalar_type(), "dy or ds");
+    TORCH_CHECK(!t || t->sizes() == s_.sizes(), "a norm's gradient of ", t->sizes(), ", s is of ", s_.sizes());
+  }
+  check_tensor(weight, 1, s_.scalar_type(), "weight");
+  TORCH_CHECK(!weight || weight->size(0) == s_.size(1), "weight or bias shorter than rows of s");
+  check_dropout(p);
+  const Tensor dy = dy_.contiguous(), s = s_.contiguous(), dx = at::empty(s.sizes(), s.options());
   const Maybe ds = contiguous(ds_), w = contiguous(weight);
   const int64_t rows = s.size(0), n = s.size(1);
   const auto nothing = [&] { return at::empty({0}, s.options()); };  // a new one each time: outputs share no memory
-  const Tensor d_residual = p > 0 ? at::empty_like(s) : nothing();
+  const Tensor d_residual = p > 0 ? at::empty(s.sizes(), s.options()) : nothing();
   // sums over chunks that do not depend on the threads, so that the result does not either
   const int64_t chunk = trains ? std::max<int64_t>(1, (rows + 63) / 64) : grain(4 * n);
   const int64_t chunks = (rows + chunk - 1) / chunk;
@@ -127,12 +148,13 @@ Heads<T> heads_of(const Tensor& t) {
 template <typename T>
 Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ranges, bool causal,
                           double scale, double p, uint64_t seed) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
+  for (const Tensor& t : {q, k, v}) check_tensor(t, 4, q.scalar_type(), "q, k or v");
+  check_dropout(p);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
                   k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0,
               "attention of q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
-  TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v differ in type");
-  TORCH_CHECK(ranges.scalar_type() == at::kLong && ranges.is_contiguous() && ranges.dim() == 2 && ranges.size(1) == 6,
-              "ranges: expected int64 (any, 6)");
+  check_tensor(ranges, 2, at::kLong, "ranges");
+  TORCH_CHECK(ranges.is_contiguous() && ranges.size(1) == 6, "ranges: expected int64 (any, 6)");
   const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
   for (int64_t i = 0; i < ranges.size(0); i++) {
     const Range& r = all[i];
@@ -166,6 +188,7 @@ void over_heads(const Tensor& ranges, int64_t heads, const F& one) {
 std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& ranges,
                                      bool causal, double scale, double p, uint64_t seed) {
   at::NoGradGuard no_grad;
+  for (const Tensor& t : {q_, k_, v_}) check_tensor(t, 4, q_.scalar_type(), "q, k or v");
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Tensor o = at::zeros(q.sizes(), q.options());
   const Tensor lse = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
@@ -183,10 +206,12 @@ Tensors attention_backward(const Tensor& d_o_, const Tensor& q_, const Tensor& k
                            const Tensor& lse_, const Tensor& ranges, bool causal, double scale, double p,
                            uint64_t seed) {
   at::NoGradGuard no_grad;
+  for (const Tensor& t : {q_, k_, v_, o_, d_o_}) check_tensor(t, 4, q_.scalar_type(), "q, k, v, o or its gradient");
+  check_tensor(lse_, 3, q_.scalar_type(), "lse");
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_), d_o = rows_contiguous(d_o_);
   const Tensor o = rows_contiguous(o_), lse = lse_.contiguous(), dq = at::zeros(q.sizes(), q.options());
   const Tensor dk = at::zeros(k.sizes(), q.options()), dv = at::zeros(k.sizes(), q.options());
-  TORCH_CHECK(o.sizes() == q.sizes() && d_o.sizes() == q.sizes() && lse.numel() * q.size(3) == q.numel(),
+  TORCH_CHECK(o.sizes() == q.sizes() && d_o.sizes() == q.sizes() && lse.sizes() == q.sizes().slice(0, 3),
               "attention's gradient of ", d_o.sizes(), ", q is of ", q.sizes());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "attention_backward", [&] {
     auto work = attention_of<scalar_t>(q, k, v, ranges, causal, scale, p, seed);
@@ -202,13 +227,14 @@ Tensors attention_backward(const Tensor& d_o_, const Tensor& q_, const Tensor& k
 // q and k (rows, tokens, heads, dim), cos and sin (rows or 1, tokens, dim): see mlfs.ops.rotary
 std::tuple<Tensor, Tensor> rotary(const Tensor& q_, const Tensor& k_, const Tensor& cos_, const Tensor& sin_, bool back) {
   at::NoGradGuard no_grad;
+  for (const Tensor& t : {q_, k_}) check_tensor(t, 4, q_.scalar_type(), "q or k");
+  for (const Tensor& t : {cos_, sin_}) check_tensor(t, 3, q_.scalar_type(), "cos or sin");
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), cos = cos_.contiguous(), sin = sin_.contiguous();
   const int64_t rows = q.size(0), tokens = q.size(1), dim = q.size(3);
   TORCH_CHECK(k.size(0) == rows && k.size(1) == tokens && k.size(3) == dim && dim % 2 == 0 &&
                   cos.sizes() == sin.sizes() && (cos.size(0) == rows || cos.size(0) == 1) && cos.size(1) == tokens &&
                   cos.size(2) == dim,
               "rotary embeddings of q ", q.sizes(), ", k ", k.sizes(), ", cos ", cos.sizes());
-  for (const Tensor& t : {k, cos, sin}) TORCH_CHECK(t.scalar_type() == q.scalar_type(), "q, k, cos, sin differ in type");
   const Tensor one = at::empty(q.sizes(), q.options()), two = at::empty(k.sizes(), k.options());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rotary", [&] {
     at::parallel_for(0, rows * tokens, grain(q.size(2) * dim), [&](int64_t begin, int64_t end) {
@@ -227,14 +253,15 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q_, const Tensor& k_, const Tens
 // Writes sums (2, rows) of logits z and u (rows, vocabulary), and the gradient over z: see mlfs.ops.head_loss
 void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Tensor& sums, double alpha,
                double temperature, double smoothing, bool keep) {
+  check_tensor(z, 2, z.scalar_type(), "logits");
+  check_tensor(u, 2, z.scalar_type(), "the teacher's logits");
+  check_tensor(labels_, labels_.dim(), at::kLong, "labels");
+  check_tensor(sums, 2, z.scalar_type(), "sums");
   const Tensor labels = labels_.contiguous();
   const int64_t rows = z.size(0), vocabulary = z.size(1);
   const auto fits = [&](const Tensor& t) { return t.sizes() == z.sizes() && t.stride(1) == 1; };
-  TORCH_CHECK(fits(z) && (!u || fits(*u)) && labels.numel() == rows && labels.scalar_type() == at::kLong &&
-                  sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == rows && sums.stride(1) == 1,
+  TORCH_CHECK(fits(z) && (!u || fits(*u)) && labels.numel() == rows && sums.size(0) == 2 && sums.size(1) == rows && sums.stride(1) == 1,
               "loss of logits ", z.sizes(), ", labels ", labels.sizes(), ", sums ", sums.sizes());
-  TORCH_CHECK(sums.scalar_type() == z.scalar_type() && (!u || u->scalar_type() == z.scalar_type()),
-              "logits and sums differ in type");
   for (int64_t i = 0; i < rows; i++)
     TORCH_CHECK_INDEX(data<int64_t>(labels)[i] >= 0 && data<int64_t>(labels)[i] < vocabulary, "label ",
                       data<int64_t>(labels)[i], " of a vocabulary of ", vocabulary);
@@ -249,6 +276,8 @@ void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Ten
 
 // (rows, columns): 1 / (1 - p), or 0 for what dropout drops
 Tensor dropout_mask(int64_t rows, int64_t columns, double p, uint64_t seed) {
+  TORCH_CHECK(rows >= 0 && columns >= 0, "a mask of ", rows, " rows and ", columns, " columns");
+  check_dropout(p);
   const int64_t whole = (columns + 63) / 64 * 64;
   const Tensor mask = at::empty({rows, whole}, at::kFloat);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {

@@ -27,6 +27,25 @@ T* data(const Maybe& t) {
   return t ? t->data_ptr<T>() : nullptr;
 }
 
+// Throws unless t has `dims` dimensions, lies in memory that the kernels can read, and has the type asked for
+inline void check_tensor(const Tensor& t, int64_t dims, at::ScalarType type, const char* what) {
+  TORCH_CHECK(t.dim() == dims && t.scalar_type() == type && t.is_cpu() && t.layout() == at::kStrided, what,
+              ": expected ", type, " of ", dims, " dimensions on the CPU, got ", t.scalar_type(), " of sizes ", t.sizes(),
+              " on ", t.device());
+}
+
+inline void check_tensor(const Maybe& t, int64_t dims, at::ScalarType type, const char* what) {
+  if (t) check_tensor(*t, dims, type, what);
+}
+
+// Throws unless the activation is one, and has the operand it multiplies with, or needs none
+inline void check_activation(int64_t activation, bool has_operand) {
+  TORCH_CHECK(NONE <= activation && activation <= SILU_MUL, "activation ", activation, ": expected 0 to ", SILU_MUL);
+  TORCH_CHECK(has_operand == (activation == SILU_MUL), "an operand goes with SiLU, and with nothing else");
+}
+
+inline void check_dropout(double p) { TORCH_CHECK(0 <= p && p < 1, "dropout of ", p, ": expected 0 to below 1"); }
+
 inline Maybe contiguous(const Maybe& t) { return t ? Maybe(t->contiguous()) : t; }
 
 inline Tensor rows_contiguous(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }

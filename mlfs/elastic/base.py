@@ -71,7 +71,7 @@ class Elastic(Guarded):
         module.training = self.training
         return module
 
-    def extract(self, sizes: LayerSizes) -> nn.Module:
+    def extract_at(self, sizes: LayerSizes) -> nn.Module:
         """Makes the plain, smaller module that computes the same as this one under `sizes`."""
         raise NotImplementedError
 

@@ -40,8 +40,19 @@ class ElasticEmbedding(Elastic):
     def axes(self) -> Axes:
         return Axes(None, tuple(OutputPart(size, 0, self.embedding_dim) for size in self._extents))
 
-    def extract(self, sizes: LayerSizes) -> nn.Module:
-        width = self._extents[0](sizes)
+    def extract_at(self, sizes: LayerSizes) -> nn.Module:
+        return self.extract(self._extents[0](sizes))
+
+    def extract(self, features: int | None = None) -> nn.Module:
+        """Makes the plain nn.Embedding of one width, with a copy of the leading columns.
+
+        Args:
+            features: the width; by default what a call without it gives.
+
+        Raises:
+            MLFSError: more features than the table has.
+        """
+        width = self._size(features, self.embedding_dim, "features")
         module = self.plain(weight=self.weight.detach()[:, :width].clone())
         module.embedding_dim = width  # type: ignore[assignment]
         return module

@@ -14,6 +14,7 @@ from mlfs.errors import MLFSError
 from mlfs.ops.actions import linear as apply_linear
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
+from mlfs.ops.observers import sees_all_modules
 from mlfs.ops.sliced_linear import finish
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
@@ -156,6 +157,8 @@ class ElasticLinear(Elastic):
         weight = self.weight
         if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
             return None
+        if sees_all_modules():
+            return None
         if weight.requires_grad or self._row_sizes() is not None:
             return None
         return self._read(weight, self.spans())
@@ -232,10 +235,32 @@ class ElasticLinear(Elastic):
             merged = torch.addmm(merged, lora_b.index_select(0, rows), lora_a[:, :columns], alpha=scale)
         return merged
 
+    def extract_at(self, sizes: LayerSizes) -> nn.Module:
+        return self._extract(self._spans_of(sizes), self._columns(sizes))
+
+    def extract(self, out_features: int | None = None, in_features: int | None = None) -> nn.Module:
+        """Makes the plain layer of one size, of the class this one was made from, with the trained stages merged in.
+
+        Args:
+            out_features, in_features: how many rows and columns of W it has, the leading ones; by default what a call
+                computes now: the active subnet's where the layer follows one, else all.
+
+        Raises:
+            MLFSError: a size that the layer does not have.
+        """
+        if in_features is None and self._scope is not None:
+            in_features = self._columns(self._scope.sizes)
+        elif in_features is None:
+            in_features = self.in_features
+        if not 1 <= in_features <= self.in_features:
+            raise MLFSError(f"in_features={in_features}: expected 1 to {self.in_features}")
+        if out_features is not None and len(self._extents) > 1:
+            raise MLFSError(f"out_features={out_features}: the layer writes {len(self._extents)} parts; leave it out")
+        return self._extract(self.spans(out_features), in_features)
+
     @torch.no_grad()
-    def extract(self, sizes: LayerSizes) -> nn.Module:
-        spans = self._spans_of(sizes)
-        weight = self.merged_weight(None, self._columns(sizes), spans).to(self.weight.dtype)
+    def _extract(self, spans: Sequence[int], columns: int) -> nn.Module:
+        weight = self.merged_weight(None, columns, spans).to(self.weight.dtype)
         bias: Tensor | None = self.bias
         if bias is not None:
             pairs = zip(spans[::2], spans[1::2], strict=True)

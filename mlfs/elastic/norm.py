@@ -57,6 +57,27 @@ class ElasticNorm(Elastic):
         """Gives the norm as operators take it."""
         return Norm(self.weight, self.bias, self.eps, self.rms)
 
+    def extract_at(self, sizes: LayerSizes) -> nn.Module:
+        return self.extract(self._extents[0](sizes))
+
+    def extract(self, features: int | None = None) -> nn.Module:
+        """Makes the plain norm over `features` numbers, of the class this one was made from, with copies of its own.
+
+        Args:
+            features: the width; by default the active subnet's where the layer follows one, else the full one.
+
+        Raises:
+            MLFSError: more features than the norm has.
+        """
+        width = self._size(features, self._full_width(), "features")
+        module = self.plain(**{name: _leading(value, width) for name, value in self._parameters.items()})
+        if hasattr(module, "normalized_shape"):
+            module.normalized_shape = (width,)  # type: ignore[assignment]
+        return module
+
+    def _full_width(self) -> int:
+        return self.weight.shape[0]
+
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
         return add_norm(x, residual, self.reads_now(), p, statistics=self.statistics)
 
@@ -82,11 +103,8 @@ class ElasticLayerNorm(ElasticNorm):
         """Makes an elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
 
-    def extract(self, sizes: LayerSizes) -> nn.Module:
-        width = self._extents[0](sizes)
-        module = self.plain(weight=_leading(self.weight, width), bias=_leading(self.bias, width))
-        module.normalized_shape = (width,)  # type: ignore[assignment]
-        return module
+    def _full_width(self) -> int:
+        return self.normalized_shape[0]
 
 
 class ElasticRMSNorm(ElasticNorm):
@@ -113,13 +131,6 @@ class ElasticRMSNorm(ElasticNorm):
     def from_rms_norm(cls, norm: nn.Module, train_base: bool = False) -> "ElasticRMSNorm":
         """Makes an elastic layer on the storage of `norm`; frozen unless `train_base`."""
         return cls(norm, train_base)
-
-    def extract(self, sizes: LayerSizes) -> nn.Module:
-        width = self._extents[0](sizes)
-        module = self.plain(weight=self.weight.detach()[:width].clone())
-        if isinstance(module, nn.RMSNorm):
-            module.normalized_shape = (width,)
-        return module
 
 
 def _leading(parameter: Tensor | None, width: int) -> Tensor | None:

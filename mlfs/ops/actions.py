@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlfs.ops.backend import backend_of, direct_implementation, has_implementation
+from mlfs.ops.backend import backend_of, direct_implementation, has_implementation, runs_as_operators
 from mlfs.ops.feed_forward import feed_forward, may_feed_forward
 from mlfs.ops.joint_linear import joint_linear, may_join
 from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
@@ -113,4 +113,4 @@ def trains_fused(x: Tensor) -> bool:
 
 def fuses_activations(x: Tensor) -> bool:
     """Tells whether an activation is computed inside the product before it; else it is a pass of its own."""
-    return backend_of(x) != "reference"
+    return runs_as_operators() and backend_of(x) != "reference"

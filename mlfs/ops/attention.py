@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlfs.ops.backend import autocast_type, backend_of, cpp
+from mlfs.ops.backend import autocast_type, backend_of, cpp, runs_as_operators
+from mlfs.ops.observers import is_watched
 
 __all__ = [
     "autocasts",
@@ -31,9 +32,10 @@ __all__ = [
 def takes_ranges(x: Tensor, *others: Tensor) -> bool:
     """Tells whether attention between such tensors is faster within ranges than under a mask.
 
-    It is where the extension for CPUs computes it, and not while torch.compile traces.
+    It is where the extension for CPUs computes it, and not where somebody traces or watches: ranges are read off the
+    values of a mask.
     """
-    return not torch.compiler.is_compiling() and backend_of(x, *others) == "cpp"
+    return not torch.compiler.is_compiling() and not is_watched() and backend_of(x, *others) == "cpp"
 
 
 def gains_without_padding(x: Tensor) -> bool:
@@ -126,12 +128,12 @@ def ragged_attention(
     Raises:
         RuntimeError: shapes that do not fit, or ranges outside of them (from the extension).
     """
-    if backend_of(q, k, v) != "cpp":
+    if not runs_as_operators() or backend_of(q, k, v) != "cpp":
         return ragged_attention_reference(q, k, v, ranges, scale, causal, p)
     if p and seed is None:
         seed = int(torch.randint(2**62, ()))
     options = ranges, scale, causal, p, seed or 0
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_watched():
         return _by_extension(q, k, v, *options)[0]
     return _ragged_attention(q, k, v, *options)[0]
 

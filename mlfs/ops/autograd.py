@@ -5,6 +5,7 @@ all; then come its layers, as `mlfs.ops.layer.flatten` lays them out; then optio
 others are kept for the backward pass, and have no gradient.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,12 @@ def _trained(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], trains: Sequenc
 def flat_rows(x: Tensor | None) -> Any:
     """x (..., n) as (tokens, n); None as it is."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def tokens_of(x: Tensor) -> int:
+    """The number of tokens of x (..., n), for fake versions of operators: a symbol where its shape has one."""
+    # Not numel() of the shape, which is a plain number always: what is traced would run for this length alone.
+    return math.prod(x.shape[:-1])
 
 
 def differentiable(

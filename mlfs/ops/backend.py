@@ -3,12 +3,14 @@
 | backend     | what it is                         | runs on                                              |
 | ----------- | ---------------------------------- | ---------------------------------------------------- |
 | `reference` | plain PyTorch                      | any device and floating type                         |
+| `autograd`  | the same, without operators of our | as `reference`; only when forced, for gradients of   |
+|             | own: autograd differentiates it    | gradients                                            |
 | `triton`    | the kernels of `mlfs.kernels`      | GPUs; CPU tensors in Triton's interpreter, for tests |
 | `cpp`       | the extension compiled from csrc/  | CPUs, fp32 (and fp64, when forced)                   |
 
 GPUs take `triton` for fp32, bf16 and fp16, CPUs take `cpp` for fp32, everything else takes `reference`. The environment
 variable MLFS_BACKEND, read when mlfs is imported, or `use_backend` forces one. Each backend is a file of
-`mlfs.ops.backends`.
+`mlfs.ops.backends`. What is traced or transformed (see `mlfs.ops.observers`) runs as with `autograd`.
 """
 
 import os
@@ -23,10 +25,11 @@ from mlfs.errors import MLFSError
 from mlfs.ops.backends import table
 from mlfs.ops.backends.cpp import extension as cpp
 from mlfs.ops.backends.cpp import why_no_cpp
+from mlfs.ops.observers import is_transformed, is_watched
 
 __all__ = [
     "BACKENDS", "autocast_type", "backend_of", "check", "cpp", "direct_implementation", "has_implementation",
-    "in_autocast_type", "run", "use_backend", "why_no_cpp",
+    "in_autocast_type", "run", "runs_as_operators", "use_backend", "why_no_cpp",
 ]  # fmt: skip
 
 BACKENDS = tuple(table.BACKENDS)
@@ -72,8 +75,15 @@ def run(operator: str, on: tuple[Tensor | None, ...], *arguments: Any) -> Any:
     return reference(*arguments)
 
 
+def runs_as_operators() -> bool:
+    """Says whether operators of `torch.library` run now; else their formulas do, in plain, differentiable PyTorch."""
+    return _forced != "autograd" and not is_transformed()
+
+
 def has_implementation(operator: str, x: Tensor, *others: Tensor | None) -> bool:
     """Says whether an operator on these tensors runs by something other than its reference."""
+    if not runs_as_operators():
+        return False
     backend = backend_of(x, *others)
     return backend != "reference" and table.find(backend, operator) is not None
 
@@ -81,10 +91,10 @@ def has_implementation(operator: str, x: Tensor, *others: Tensor | None) -> bool
 def direct_implementation(operator: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any] | None:
     """Finds an implementation that may be called without an operator of PyTorch's between, or None.
 
-    Such a call takes longer than a small product, and is not needed where no gradient is wanted, and nothing traces,
-    stands in for `x` or changes its type.
+    Such a call takes longer than a small product, and is not needed where no gradient is wanted, and nothing traces or
+    watches what runs, stands in for `x` or changes its type.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or is_watched():
         return None
     if autocast_type(x) is not None:  # x is cast on the way to an operator
         return None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mlfs.errors import MLFSError
-from mlfs.ops.autograd import differentiable, flat_rows, wanted_if
-from mlfs.ops.backend import run
+from mlfs.ops.autograd import differentiable, flat_rows, tokens_of, wanted_if
+from mlfs.ops.backend import run, runs_as_operators
 from mlfs.ops.backends.table import implements
 
 __all__ = ["divergence", "feature_distance", "feature_distance_reference"]
@@ -71,6 +71,8 @@ def feature_distance(student: Tensor, teacher: Tensor, projection: Tensor, mask:
         raise MLFSError(
             f"student, teacher, projection and mask of {shapes}: expected (..., n), (..., N), (p, N), (...)"
         )
+    if not runs_as_operators():
+        return feature_distance_reference(student, teacher, projection, mask)
     keep = torch.is_grad_enabled() and (student.requires_grad or projection.requires_grad)
     if mask is not None:
         mask = mask.bool()
@@ -137,7 +139,7 @@ def _(student, teacher, projection, mask, keep):
     dtype = _wide(student, teacher)
     difference = student.new_empty(0, dtype=dtype)
     if keep:
-        difference = student.new_empty((student.shape[:-1].numel(), projection.shape[0]), dtype=dtype)
+        difference = student.new_empty((tokens_of(student), projection.shape[0]), dtype=dtype)
     return student.new_empty((), dtype=dtype), difference, student.new_empty((), dtype=dtype)
 
 

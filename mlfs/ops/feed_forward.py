@@ -22,9 +22,10 @@ from mlfs.ops.autograd import (
     keep_layers,
     kept_layers,
     like_trained,
+    tokens_of,
     wanted_if,
 )
-from mlfs.ops.backend import in_autocast_type
+from mlfs.ops.backend import in_autocast_type, runs_as_operators
 from mlfs.ops.joint_linear import joint_backward, joint_forward, joint_linear_reference, may_join, reads_leading_rows
 from mlfs.ops.layer import (
     ACTIVATIONS,
@@ -104,6 +105,9 @@ def feed_forward(
             "a bias or none; gate and up of one size and rank"
         )
     given, x = x, in_autocast_type(x)
+    if not runs_as_operators():
+        y = feed_forward_reference(x, layers, activation, residual)
+        return [y, given] if returns_input else [y]
     # x as a residual is no input of its own: its gradient is added where dx is made.
     adds_x = residual is given and x is given
     inputs = (x, None if adds_x else residual, *flatten(layers), activation, adds_x)
@@ -144,7 +148,7 @@ def _feed_forward(
 
 @_feed_forward.register_fake
 def _(x, residual, weights, biases, lora_a, lora_b, scales, spans, activation, adds_x):
-    tokens, rows = x.shape[:-1].numel(), spans[1::2]
+    tokens, rows = tokens_of(x), spans[1::2]
     dtype = x.dtype
     if residual is not None:
         dtype = torch.result_type(x, residual)

@@ -25,7 +25,7 @@ from mlfs.ops.autograd import (
     no_gradient,
     wanted_if,
 )
-from mlfs.ops.backend import in_autocast_type, run
+from mlfs.ops.backend import in_autocast_type, run, runs_as_operators
 from mlfs.ops.backends.table import implements
 from mlfs.ops.layer import NOTHING, FlatLayers, LowRankLinear, Wanted, flatten, unflatten
 from mlfs.ops.sliced_linear import linear_backward_reference, linear_forward_reference, sliced_linear_reference
@@ -83,8 +83,10 @@ def grouped_sliced_linear(x: Tensor, layer: LowRankLinear, groups: Sequence[Grou
     """
     # Checked here, once for all backends: kernels write where the groups say.
     _check_groups(groups, x.shape[0], layer)
-    numbers = [number for group in groups for number in _pack(group)]
     x = in_autocast_type(x)
+    if not runs_as_operators():
+        return grouped_sliced_linear_reference(x, layer, groups)
+    numbers = [number for group in groups for number in _pack(group)]
     return _grouped_linear(x, *flatten([layer]), numbers)[0]
 
 
@@ -109,7 +111,7 @@ def _pack(group: Group) -> list[int]:
     return [group.first, group.tokens, group.n, *group.spans, *padding]
 
 
-def _unpack(numbers: list[int]) -> tuple[Group, ...]:
+def unpack(numbers: list[int]) -> tuple[Group, ...]:
     """The groups that have tokens and spans; what a group without spans holds may be anything."""
     groups = []
     for place in range(0, len(numbers), _FIELDS):
@@ -178,7 +180,7 @@ def _grouped_linear(
 ) -> tuple[Tensor, Tensor]:
     """(y, h): see `_grouped_forward`."""
     (layer,) = unflatten(weights, biases, lora_a, lora_b, scales, spans)
-    return run("grouped_forward", (x,), x, layer, _unpack(groups))
+    return run("grouped_forward", (x,), x, layer, unpack(groups))
 
 
 @_grouped_linear.register_fake
@@ -204,7 +206,7 @@ def _grouped_linear_backward(
     """[dx (empty unless needed), dA_s and dB_s of each stage s that trains]."""
     (layer,) = unflatten(weights, [], lora_a, lora_b, scales, spans)
     wanted = Wanted(trains, needs_dx, layer.weight.shape[1])
-    dx, gradients = run("grouped_backward", (dy,), dy, x, h, layer, _unpack(groups), wanted)
+    dx, gradients = run("grouped_backward", (dy,), dy, x, h, layer, unpack(groups), wanted)
     return [dx, *gradients]
 
 

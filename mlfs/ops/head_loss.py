@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 
 from mlfs.errors import MLFSError
 from mlfs.ops.autograd import differentiable, flat_rows
-from mlfs.ops.backend import backend_of, in_autocast_type, run
+from mlfs.ops.backend import backend_of, in_autocast_type, run, runs_as_operators
 from mlfs.ops.backends.table import implements
 from mlfs.ops.distill import divergence
 
@@ -132,6 +132,8 @@ def head_loss(
             "(..., n), (V, N), (...) and (..., N), n ≤ N"
         )
     x = in_autocast_type(x)
+    if not runs_as_operators():
+        return head_loss_reference(x, weight, bias, labels, teacher, alpha, temperature, smoothing)
     keep = torch.is_grad_enabled() and x.requires_grad
     return _head_loss(x, weight, bias, labels, teacher, alpha, temperature, smoothing, keep)[:3]
 

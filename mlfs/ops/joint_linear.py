@@ -22,9 +22,10 @@ from mlfs.ops.autograd import (
     keep_layers,
     kept_layers,
     like_trained,
+    tokens_of,
     wanted_if,
 )
-from mlfs.ops.backend import in_autocast_type, run
+from mlfs.ops.backend import in_autocast_type, run, runs_as_operators
 from mlfs.ops.backends.table import implements
 from mlfs.ops.layer import NOTHING, Epilogue, FlatLayers, LowRankLinear, Wanted, flatten, unflatten
 from mlfs.ops.sliced_linear import activation_backward, linear_backward, linear_forward, sliced_linear_reference
@@ -89,6 +90,9 @@ def joint_linear(
             "size, and x is not carried on"
         )
     given, x = x, in_autocast_type(x)  # `given` is what others read, in its own type
+    if not runs_as_operators():
+        ys = joint_linear_reference(x, layers, gated)
+        return [*ys, given] if returns_input else ys
     flat = flatten(layers)
     leaves = (x, *flat.lora_a, *flat.lora_b)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
@@ -214,7 +218,7 @@ def _joint_linear(
 
 @_joint_linear.register_fake
 def _(x, weights, biases, lora_a, lora_b, scales, spans, gated, keep):
-    tokens, rows = x.shape[:-1].numel(), spans[1::2]
+    tokens, rows = tokens_of(x), spans[1::2]
     ys = [x.new_empty((*x.shape[:-1], size)) for size in rows]
     if gated and not keep:
         ys[1] = x.new_empty(0)

@@ -30,9 +30,10 @@ from mlfs.ops.autograd import (
     keep_layers,
     kept_layers,
     like_trained,
+    tokens_of,
     wanted_if,
 )
-from mlfs.ops.backend import in_autocast_type, run
+from mlfs.ops.backend import in_autocast_type, run, runs_as_operators
 from mlfs.ops.backends.table import implements
 from mlfs.ops.layer import (
     ACTIVATIONS,
@@ -85,6 +86,8 @@ def sliced_linear(x: Tensor, layer: LowRankLinear, epilogue: Epilogue = NOTHING)
     x = in_autocast_type(x)
     if operand is not None:
         operand = in_autocast_type(operand)
+    if not runs_as_operators():
+        return sliced_linear_reference(x, layer, Epilogue(activation, operand, residual))
     leaves = (x, operand, residual, *layer.lora_a, *layer.lora_b)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     # Without `keep` nothing is written for a backward pass, and a few tokens take the kernels for decoding.
@@ -321,7 +324,7 @@ def _sliced_linear(
 
 @_sliced_linear.register_fake
 def _(x, operand, residual, weights, biases, lora_a, lora_b, scales, spans, activation, keep):
-    rows, tokens = sum(spans[1::2]), x.shape[:-1].numel()
+    rows, tokens = sum(spans[1::2]), tokens_of(x)
     dtype = x.dtype  # a wider residual, as of a stream in fp32, keeps its type
     if residual is not None:
         dtype = torch.result_type(x, residual)

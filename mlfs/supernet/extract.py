@@ -38,7 +38,7 @@ def extract(
     dropped = tuple(f"{layers_name}.{i}." for i in range(dims.layers) if i not in subnet.layers)
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and not name.startswith(dropped):
-            memo[id(module)] = module.extract(sizes)
+            memo[id(module)] = module.extract_at(sizes)
     kept = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in subnet.layers)
     memo[id(layers)] = kept
     small = copy.deepcopy(model, memo)

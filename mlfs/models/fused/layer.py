@@ -18,6 +18,7 @@ from mlfs.models.fused.mlp import drops
 from mlfs.models.fused.registry import GELUS, Activation, registers
 from mlfs.ops.actions import trains_fused
 from mlfs.ops.encoder_layer import EncoderLayer, encoder_layer
+from mlfs.ops.observers import sees_all_modules
 
 
 @registers(AddNorm, linears=("linear",), norms=("norm",), others=("dropout",))
@@ -187,4 +188,6 @@ def _getter(names: Sequence[str]) -> Callable[[nn.Module], tuple[Any, ...]]:
 
 def _have_hooks(modules: Sequence[nn.Module]) -> bool:
     """Tells whether someone watches the calls of a module."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    return sees_all_modules() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )

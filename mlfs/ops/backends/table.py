@@ -32,7 +32,10 @@ class Backend:
     why_not: Callable[[Tensor, Others], str | None]
 
 
-BACKENDS = {"reference": Backend("reference", lambda: None, lambda x, others: True, lambda x, others: None)}
+BACKENDS = {
+    name: Backend(name, lambda: None, lambda x, others: True, lambda x, others: None)
+    for name in ("reference", "autograd")
+}
 ASKED: list[Backend] = []  # in this order, whether they run on a tensor; the reference takes what none of them does
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 
