@@ -1,6 +1,7 @@
 """What README.md and the pages of docs/ show runs as it stands, and what they name exists."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
-from mlfs import MLFSArguments
+from mlfs import MLFSArguments, MLFSTrainer
 from mlfs.models.pretrained import MINILM, find_model
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,8 @@ def test_options_that_the_method_names_exist() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     named = re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:=\w+)?`", text)
     assert len(named) > 10
-    assert set(named) <= {field.name for field in dataclasses.fields(MLFSArguments)}
+    options = {field.name for field in dataclasses.fields(MLFSArguments)}
+    assert set(named) <= options | set(dir(MLFSTrainer)) | set(inspect.signature(Trainer).parameters)
 
 
 def test_the_page_of_the_environment_names_every_variable_of_ours() -> None:
