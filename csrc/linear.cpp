@@ -236,9 +236,9 @@ Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor
   for (const Tensor& t : {a, b, out}) check_tensor(t, 2, a.scalar_type(), "factors or result of a product");
   check_tensor(bias, 1, a.scalar_type(), "bias");
   TORCH_CHECK(a.size(1) == b.size(1) && out.size(0) == a.size(0) &&
-                  out.size(1) == b.size(0) && (!bias || bias->numel() == b.size(0)) &&
-                  (out.stride(1) == 1 || out.size(1) <= 1),
+                  out.size(1) == b.size(0) && (!bias || bias->size(0) == b.size(0)),
               "product of ", a.sizes(), " and ", b.sizes(), " to ", out.sizes());
+  check_written(out, "result of a product");
   const Maybe shift = contiguous(bias);
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product", [&] {
     Products<scalar_t> one;

@@ -150,16 +150,17 @@ Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, con
                           double scale, double p, uint64_t seed) {
   for (const Tensor& t : {q, k, v}) check_tensor(t, 4, q.scalar_type(), "q, k or v");
   check_dropout(p);
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
-                  k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0,
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(2) > 0 &&
+                  q.size(2) % k.size(2) == 0,
               "attention of q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
   check_tensor(ranges, 2, at::kLong, "ranges");
   TORCH_CHECK(ranges.is_contiguous() && ranges.size(1) == 6, "ranges: expected int64 (any, 6)");
   const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
+  const int64_t far = int64_t(1) << 60;  // what is added to a position does not overflow
   for (int64_t i = 0; i < ranges.size(0); i++) {
     const Range& r = all[i];
     TORCH_CHECK(r.row >= 0 && r.row < q.size(0) && 0 <= r.from && r.from <= r.to && r.to <= q.size(1) &&
-                    0 <= r.first && r.first <= r.last && r.last <= k.size(1),
+                    0 <= r.first && r.first <= r.last && r.last <= k.size(1) && -far < r.position && r.position < far,
                 "range ", i, " is outside of q ", q.sizes(), " or k ", k.sizes());
     const Range* before = i ? &all[i - 1] : nullptr;
     TORCH_CHECK(!before || r.row > before->row ||
@@ -259,9 +260,10 @@ void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Ten
   check_tensor(sums, 2, z.scalar_type(), "sums");
   const Tensor labels = labels_.contiguous();
   const int64_t rows = z.size(0), vocabulary = z.size(1);
-  const auto fits = [&](const Tensor& t) { return t.sizes() == z.sizes() && t.stride(1) == 1; };
-  TORCH_CHECK(fits(z) && (!u || fits(*u)) && labels.numel() == rows && sums.size(0) == 2 && sums.size(1) == rows && sums.stride(1) == 1,
+  TORCH_CHECK((!u || (u->sizes() == z.sizes() && u->stride(1) == 1)) && labels.numel() == rows && sums.size(0) == 2 &&
+                  sums.size(1) == rows,
               "loss of logits ", z.sizes(), ", labels ", labels.sizes(), ", sums ", sums.sizes());
+  check_written(z, "logits"), check_written(sums, "sums");
   for (int64_t i = 0; i < rows; i++)
     TORCH_CHECK_INDEX(data<int64_t>(labels)[i] >= 0 && data<int64_t>(labels)[i] < vocabulary, "label ",
                       data<int64_t>(labels)[i], " of a vocabulary of ", vocabulary);
@@ -276,7 +278,8 @@ void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Ten
 
 // (rows, columns): 1 / (1 - p), or 0 for what dropout drops
 Tensor dropout_mask(int64_t rows, int64_t columns, double p, uint64_t seed) {
-  TORCH_CHECK(rows >= 0 && columns >= 0, "a mask of ", rows, " rows and ", columns, " columns");
+  TORCH_CHECK(rows >= 0 && columns >= 0 && columns < int64_t(1) << 60, "a mask of ", rows, " rows and ", columns,
+              " columns");
   check_dropout(p);
   const int64_t whole = (columns + 63) / 64 * 64;
   const Tensor mask = at::empty({rows, whole}, at::kFloat);
