@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mlfs.elastic.guard import Guarded
 from mlfs.elastic.scope import Scope
+from mlfs.elastic.source import check_source, share_hooks
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
@@ -38,11 +39,13 @@ class Elastic(Guarded):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, made_for: type[nn.Module] | None = None) -> None:
+        check_source(module, made_for)
         super().__init__()
         self.register_parameter("weight", module.weight)  # type: ignore[arg-type]
         self.register_parameter("bias", getattr(module, "bias", None))
         self.training = module.training
+        share_hooks(module, self)
         self._template = (_without_parameters(module),)  # in a tuple: not a submodule
         self._scope: Scope | None = None
         self._extents: tuple[AxisSize, ...] = ()  # the axis of each fused part of the output
@@ -96,4 +99,5 @@ class Elastic(Guarded):
 def _without_parameters(module: nn.Module) -> nn.Module:
     template = copy.copy(module)
     template._parameters = {}
+    share_hooks(nn.Module(), template)  # none: what is extracted is nobody's yet
     return template

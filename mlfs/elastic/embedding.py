@@ -16,7 +16,7 @@ class ElasticEmbedding(Elastic):
     """
 
     def __init__(self, embedding: nn.Embedding, train_base: bool = False) -> None:
-        super().__init__(embedding)
+        super().__init__(embedding, nn.Embedding)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
         if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mlfs.elastic.base import Axes, Elastic, OutputPart
 from mlfs.elastic.scope import Scope
+from mlfs.elastic.source import check_source
 from mlfs.errors import MLFSError
 from mlfs.ops.actions import linear as apply_linear
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
@@ -35,9 +36,10 @@ class ElasticLinear(Elastic):
         self, linear: nn.Module, rank: int = 8, stages: int = 3, alpha: float = 16.0, train_base: bool = False
     ) -> None:
         transposed = hasattr(linear, "nf")
+        check_source(linear)
         if not (transposed or isinstance(linear, nn.Linear)) or not _is_floating(linear.weight):
             raise MLFSError(f"{type(linear).__name__}: expected an nn.Linear or a Conv1D of floating-point numbers")
-        super().__init__(linear)
+        super().__init__(linear, _first_named(linear, "Conv1D") if transposed else nn.Linear)
         # transformers' Conv1D keeps W as (in, out); reading it through its strides makes the two alike.
         self.transposed = transposed
         self.out_features, self.in_features = self._matrix().shape
@@ -338,6 +340,11 @@ def train_stage(module: nn.Module, stage: int | None) -> None:
 def _values(parameters: nn.ParameterList) -> list[Tensor]:
     """The parameters of a list; iterating over it takes longer than a small product."""
     return list(parameters._parameters.values())  # type: ignore[arg-type]
+
+
+def _first_named(module: nn.Module, name: str) -> type[nn.Module] | None:
+    """Finds the class of that name among those a module is of: transformers' own, without importing it."""
+    return next((kind for kind in type(module).__mro__ if kind.__name__ == name), None)
 
 
 def _is_floating(value: object) -> bool:

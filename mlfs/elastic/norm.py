@@ -92,7 +92,7 @@ class ElasticLayerNorm(ElasticNorm):
     rms = False
 
     def __init__(self, norm: nn.LayerNorm, train_base: bool = False) -> None:
-        super().__init__(norm)
+        super().__init__(norm, nn.LayerNorm)
         if len(norm.normalized_shape) != 1:
             raise MLFSError(f"normalized_shape={norm.normalized_shape}: only the last axis can be elastic")
         self.eps, self.normalized_shape = norm.eps, norm.normalized_shape

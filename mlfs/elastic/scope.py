@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mlfs.errors import MLFSError
 from mlfs.space.dimensions import LayerSizes
 
 
@@ -20,6 +21,7 @@ class Scope:
         self.default = default
         self._active: ContextVar[LayerSizes | None] = ContextVar("mlfs_active", default=None)
         self._traced: LayerSizes = default
+        self._has_run_smaller = False
 
     @property
     def sizes(self) -> LayerSizes:
@@ -33,11 +35,26 @@ class Scope:
         """Makes `sizes` active until the block ends, however it ends; blocks nest."""
         token, outer = self._active.set(sizes), self._traced
         self._traced = sizes
+        if sizes is not self.default:
+            self._has_run_smaller = True
         try:
             yield
         finally:
             self._active.reset(token)
             self._traced = outer
+
+    def check_known(self) -> None:
+        """Raises MLFSError where checkpointing runs a forward pass again and nothing says at which size.
+
+        That is: within a backward pass that is outside of any `activate`, after other sizes than maxnet were activated.
+        """
+        if not self._has_run_smaller or torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() != -1 and self._active.get() is None:
+            raise MLFSError(
+                "checkpointing runs this forward pass again, outside of the block of `activate`, so that its size is "
+                "unknown: run the backward pass inside the block, or checkpoint `supernet.bound(subnet)`"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy, in this process or another, is nobody's yet: what is active belongs to a thread of this one

@@ -13,6 +13,7 @@ from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticLayerNorm, ElasticRMSNorm
 from mlfs.elastic.scope import Scope
+from mlfs.elastic.source import why_not_plain
 from mlfs.errors import MLFSError
 from mlfs.models.families.spec import Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
 from mlfs.models.follow import Forward, follow
@@ -107,6 +108,8 @@ def _refuse_what_is_not_plain(name: str, module: nn.Module) -> None:
             f"PEFT's adapters are in this model ({type(module).__name__}): take the plain model that "
             "peft_model.merge_and_unload() returns (of prompt tuning: get_base_model())"
         )
+    if reason := why_not_plain(module):
+        raise MLFSError(f"module {name!r} ({type(module).__name__}): {reason}")
     for key, parameter in module._parameters.items():
         if parameter is not None and not _is_plain(parameter):
             raise MLFSError(

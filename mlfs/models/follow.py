@@ -131,6 +131,7 @@ def _size_property(name: str) -> property:
 def _call_or_skip(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Runs the layer, or returns its input where the subnet leaves the layer out."""
     scope, _, layer = self._following
+    scope.check_known()
     sizes = scope.sizes
     given = (*args, *kwargs.values())
     if not sizes.keeps(layer):

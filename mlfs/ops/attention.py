@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mlfs.ops.autograd import refuse_second_gradients
 from mlfs.ops.backend import autocast_type, backend_of, cpp, runs_as_operators
 from mlfs.ops.observers import is_watched
 
@@ -182,6 +183,7 @@ def _backward(ctx, d_o, _):
     nothing = (None,) * 5
     if d_o is None:
         return (None, None, None, *nothing)
+    refuse_second_gradients()
     return (*_ragged_attention_backward(d_o, *ctx.saved_tensors, *ctx.options), *nothing)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlfs.errors import MLFSError
 from mlfs.ops.layer import FlatLayers
 
 Returning = Callable[..., tuple[Tensor, ...]]
@@ -102,6 +103,7 @@ def differentiable(
     keep: Callable[[Any, Sequence[Any], Sequence[Tensor]], None],
     gradients: Callable[[Any, Sequence[Tensor | None], Any], tuple[Any, ...]],
     results: Callable[[Sequence[Any]], int],
+    twice: bool = False,
 ) -> Returning:
     """Registers an operator's gradients, and makes the function that also hands its x on.
 
@@ -113,6 +115,7 @@ def differentiable(
         keep: (ctx, inputs, outputs) -> None: keeps on ctx what the backward pass reads.
         gradients: (ctx, those of the results, that of the x handed on) -> those of the inputs.
         results: (inputs) -> how many outputs are results.
+        twice: whether `gradients` may be differentiated itself; else that is refused, see `refuse_second_gradients`.
 
     Returns:
         A function of the operator's inputs that returns (*results, x).
@@ -123,6 +126,8 @@ def differentiable(
         keep(ctx, inputs, output)
 
     def backward_of_operator(ctx: Any, *of_outputs: Tensor | None) -> tuple[Any, ...]:
+        if not twice:
+            refuse_second_gradients()
         return gradients(ctx, of_outputs, None)
 
     operator.register_autograd(backward_of_operator, setup_context=keep_of_operator)
@@ -138,6 +143,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Any, ...]:
+            if not twice:
+                refuse_second_gradients()
             found = gradients(ctx, of_outputs[:-1], of_outputs[-1])
             return *_spread_gradients(found), None
 
@@ -145,6 +152,19 @@ def differentiable(
         return ReturnsInput.apply(*_spread(inputs), _lengths(inputs))
 
     return returning_input
+
+
+def refuse_second_gradients() -> None:
+    """Raises MLFSError in a backward pass whose gradients are to be differentiated themselves (`create_graph=True`).
+
+    Backward passes of operators are operators without gradients of their own, and some take as constant what depends
+    on the input: left alone, PyTorch would fail somewhere later, or give wrong second gradients.
+    """
+    if torch.is_grad_enabled():  # in a backward pass: only for create_graph=True
+        raise MLFSError(
+            "gradients of gradients (create_graph=True) are computed by plain PyTorch alone: run the forward "
+            'pass inside `with mlfs.ops.backend.use_backend("autograd")`, or set MLFS_BACKEND=autograd'
+        )
 
 
 # A function of autograd sees no tensors within lists: their tensors are arguments of their own there.

@@ -108,4 +108,4 @@ def _gradients(ctx: Any, of_outputs: Sequence[Tensor | None], of_input: None) ->
     return dq, dk, None, None, None, None
 
 
-differentiable(_rotary, _keep, _gradients, results=lambda inputs: 2)
+differentiable(_rotary, _keep, _gradients, results=lambda inputs: 2, twice=True)  # the gradient is the operator again

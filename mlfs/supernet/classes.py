@@ -31,6 +31,7 @@ class ElasticModel(Guarded):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self._record().refresh()
+            vars(self)["_supernet"]._scope.check_known()
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
