@@ -27,11 +27,25 @@ T* data(const Maybe& t) {
   return t ? t->data_ptr<T>() : nullptr;
 }
 
+// More numbers than a memory holds; small enough that nothing computed from the sizes below overflows
+constexpr int64_t LARGEST = int64_t(1) << 48;
+
+// Whether the product of the sizes, leaving out zeros, is one the kernels can count with: a tensor that is expanded, or
+// has no numbers, can have any
+inline bool is_countable(at::IntArrayRef sizes) {
+  int64_t numbers = 1;
+  for (int64_t size : sizes)
+    if (size && (__builtin_mul_overflow(numbers, size, &numbers) || numbers > LARGEST)) return false;
+  return true;
+}
+
 // Throws unless t has `dims` dimensions, lies in memory that the kernels can read, and has the type asked for
 inline void check_tensor(const Tensor& t, int64_t dims, at::ScalarType type, const char* what) {
   TORCH_CHECK(t.dim() == dims && t.scalar_type() == type && t.is_cpu() && t.layout() == at::kStrided, what,
-              ": expected ", type, " of ", dims, " dimensions on the CPU, got ", t.scalar_type(), " of sizes ", t.sizes(),
-              " on ", t.device());
+              ": expected ", type, " of ", dims, " dimensions on the CPU, got ", t.scalar_type(), " of sizes ",
+              t.sizes(), " on ", t.device());
+  TORCH_CHECK(is_countable(t.sizes()), what, ": sizes ", t.sizes(), " are too large");
+  TORCH_CHECK(!t.is_neg(), what, ": a view that is negated when it is read; call resolve_neg() on it first");
 }
 
 inline void check_tensor(const Maybe& t, int64_t dims, at::ScalarType type, const char* what) {
