@@ -35,7 +35,7 @@ BUILD := $(BIN)/python setup.py --quiet build_ext --inplace --force
 
 sanitize: $(STAMP) ## run the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	MLFS_SANITIZE=1 $(BUILD)
-	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/csrc $(ARGS); \
+	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(BIN)/python -m pytest tests/csrc $(ARGS); \
 	  result=$$?; $(BUILD); exit $$result
 
 bench: $(STAMP) ## time single operators

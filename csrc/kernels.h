@@ -138,4 +138,6 @@ struct Kernels {
 template <typename T>
 const Kernels<T>& kernels();
 
+[[noreturn]] void out_of_memory(size_t bytes);  // throws; what the kernels throw reaches the operator's caller
+
 }  // namespace mlfs

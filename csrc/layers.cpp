@@ -22,10 +22,13 @@ Tensor encoder_layer(const Tensor& x, const std::vector<Layer>& projections, con
     return std::get<0>(add_norm(s, std::nullopt, cut(weight), cut(bias), eps, false, 0, 0));
   };
   Tensors heads;
-  for (const Forward& part : linear_forward(flat, projections, NONE, std::nullopt, std::nullopt, false))
-    heads.push_back(std::get<0>(part).view({rows, tokens, -1, dim}));
+  for (const Forward& part : linear_forward(flat, projections, NONE, std::nullopt, std::nullopt, false)) {
+    const Tensor& y = std::get<0>(part);
+    TORCH_CHECK(y.size(1) % dim == 0, "a projection to ", y.size(1), " numbers, heads have ", dim);
+    heads.push_back(y.view({rows, tokens, y.size(1) / dim, dim}));
+  }
   const Tensor o = std::get<0>(attention(heads[0], heads[1], heads[2], ranges, false, scale, 0, 0));
-  const Tensor t = normed(one(o.view({rows * tokens, -1}), out, NONE, flat), norm);
+  const Tensor t = normed(one(o.view({rows * tokens, o.size(2) * dim}), out, NONE, flat), norm);
   return normed(one(one(t, up, activation, std::nullopt), down, NONE, t), last_norm).view(x.sizes());
 }
 

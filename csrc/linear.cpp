@@ -1,4 +1,5 @@
 // Linear layers with their low-rank stages, forward and backward; several layers may read the same x.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 
 #include <deque>
@@ -64,7 +65,7 @@ int64_t length_of(const Numbers& spans) {
 
 int64_t ranks_of(const Tensors& a) {
   int64_t ranks = 0;
-  for (const Tensor& t : a) ranks += t.size(0);
+  for (const Tensor& t : a) ranks = std::min(ranks + t.size(0), LARGEST + 1);
   return ranks;
 }
 
@@ -81,11 +82,14 @@ void check(const Layer& layer, int64_t n, at::ScalarType type) {
     TORCH_CHECK(a[s].size(1) >= n && b[s].size(0) == weight.size(0) && a[s].size(0) == b[s].size(1), "stage ", s,
                 " of ", a[s].sizes(), " and ", b[s].sizes(), " does not fit W of ", weight.sizes());
   }
+  TORCH_CHECK(ranks_of(a) <= LARGEST, "stages of ranks that are too large");
   TORCH_CHECK(spans.size() % 2 == 0, "spans: expected pairs");
-  for (size_t i = 0; i < spans.size(); i += 2)  // the sum of two large numbers could be a small one
-    TORCH_CHECK(spans[i] >= 0 && spans[i + 1] >= 0 && spans[i] <= weight.size(0) &&
-                    spans[i + 1] <= weight.size(0) - spans[i],
-                "rows ", spans[i], " to ", spans[i], " + ", spans[i + 1], " of W of ", weight.sizes());
+  int64_t last = 0;  // of the rows before: each row is read once, or its gradient would be written twice
+  for (size_t i = 0; i < spans.size(); last = spans[i] + spans[i + 1], i += 2)
+    TORCH_CHECK(last <= spans[i] && spans[i] <= weight.size(0) && 0 <= spans[i + 1] &&
+                    spans[i + 1] <= weight.size(0) - spans[i],  // the sum of two large numbers could be a small one
+                "rows ", spans[i], " to ", spans[i], " + ", spans[i + 1], " of W of ", weight.sizes(),
+                ", read up to ", last);
 }
 
 // a from its column `a_column`, b from (b_row, b_column), each transposed if `turned`
@@ -115,6 +119,7 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
   check_activation(activation, operand_.has_value());
   const int64_t rows = x.size(0), n = x.size(1);
   const Maybe operand = rows_contiguous(operand_), residual = rows_contiguous(residual_);
+  TORCH_CHECK(!layers.empty(), "a product takes a layer");
   TORCH_CHECK(layers.size() == 1 || (activation == NONE && !residual), "what follows the product is of one layer");
   keep = keep && activation != NONE;
   std::vector<Forward> out;
@@ -236,9 +241,10 @@ Tensor product(const Tensor& a, const Tensor& b, const Maybe& bias, const Tensor
   for (const Tensor& t : {a, b, out}) check_tensor(t, 2, a.scalar_type(), "factors or result of a product");
   check_tensor(bias, 1, a.scalar_type(), "bias");
   TORCH_CHECK(a.size(1) == b.size(1) && out.size(0) == a.size(0) &&
-                  out.size(1) == b.size(0) && (!bias || bias->size(0) == b.size(0)),
+                  out.size(1) == b.size(0) && (!bias || bias->numel() == b.size(0)) &&
+                  (out.stride(1) == 1 || out.size(1) <= 1),
               "product of ", a.sizes(), " and ", b.sizes(), " to ", out.sizes());
-  check_written(out, "result of a product");
+  at::assert_no_internal_overlap(out), at::assert_no_overlap(out, a), at::assert_no_overlap(out, b);
   const Maybe shift = contiguous(bias);
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product", [&] {
     Products<scalar_t> one;
@@ -257,6 +263,9 @@ Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activa
   const int64_t n = x.size(-1);
   const auto flat = [](const Maybe& t) { return t ? Maybe(t->reshape({-1, t->size(-1)})) : t; };
   TORCH_CHECK(n > 0, "x has no columns");
+  for (const Maybe& t : {operand, residual})
+    TORCH_CHECK(!t || (t->dim() == x.dim() && t->sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1)),
+                "operand or residual of ", t->sizes(), ", x is of ", x.sizes());
   Tensors out;
   for (Forward& one : linear_forward(x.reshape({-1, n}), layers, activation, flat(operand), flat(residual), false)) {
     std::vector<int64_t> shape = x.sizes().vec();

@@ -2,6 +2,7 @@
 //
 // The kernels read and write what they are told to, so that each operator checks all that it is given. All numbers have
 // one type (float or double); those called rows are contiguous.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 
 #include "operators.h"
@@ -27,6 +28,8 @@ int choose() {
 }
 
 int chosen = choose();
+
+void out_of_memory(size_t bytes) { TORCH_CHECK(false, "no memory for ", bytes, " bytes of scores or sums"); }
 
 template <>
 const Kernels<float>& kernels<float>() {
@@ -93,7 +96,7 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x_, const Maybe& residual_, co
     const AddNorm<scalar_t> work = {x.size(1), rms, eps, p, seed, data<scalar_t>(x), x.stride(0),
                                     data<scalar_t>(residual), residual ? residual->stride(0) : 0, data<scalar_t>(w),
                                     data<scalar_t>(b), changes ? data<scalar_t>(s) : nullptr, data<scalar_t>(y)};
-    at::parallel_for(0, x.size(0), grain(4 * x.size(1)),
+    at::parallel_for(0, x.numel() ? x.size(0) : 0, grain(4 * x.size(1)),
                      [&](int64_t i, int64_t j) { kernels<scalar_t>().add_norm(work, i, j); });
   });
   return {y, s};
@@ -116,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy_, 
   check_dropout(p);
   const Tensor dy = dy_.contiguous(), s = s_.contiguous(), dx = at::empty(s.sizes(), s.options());
   const Maybe ds = contiguous(ds_), w = contiguous(weight);
-  const int64_t rows = s.size(0), n = s.size(1);
+  const int64_t rows = s.numel() ? s.size(0) : 0, n = s.size(1);
   const auto nothing = [&] { return at::empty({0}, s.options()); };  // a new one each time: outputs share no memory
   const Tensor d_residual = p > 0 ? at::empty(s.sizes(), s.options()) : nothing();
   // sums over chunks that do not depend on the threads, so that the result does not either
@@ -150,17 +153,17 @@ Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, con
                           double scale, double p, uint64_t seed) {
   for (const Tensor& t : {q, k, v}) check_tensor(t, 4, q.scalar_type(), "q, k or v");
   check_dropout(p);
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(2) > 0 &&
-                  q.size(2) % k.size(2) == 0,
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
+                  k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0,
               "attention of q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
   check_tensor(ranges, 2, at::kLong, "ranges");
   TORCH_CHECK(ranges.is_contiguous() && ranges.size(1) == 6, "ranges: expected int64 (any, 6)");
   const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
-  const int64_t far = int64_t(1) << 60;  // what is added to a position does not overflow
   for (int64_t i = 0; i < ranges.size(0); i++) {
     const Range& r = all[i];
     TORCH_CHECK(r.row >= 0 && r.row < q.size(0) && 0 <= r.from && r.from <= r.to && r.to <= q.size(1) &&
-                    0 <= r.first && r.first <= r.last && r.last <= k.size(1) && -far < r.position && r.position < far,
+                    0 <= r.first && r.first <= r.last && r.last <= k.size(1) && -LARGEST <= r.position &&
+                    r.position <= LARGEST,
                 "range ", i, " is outside of q ", q.sizes(), " or k ", k.sizes());
     const Range* before = i ? &all[i - 1] : nullptr;
     TORCH_CHECK(!before || r.row > before->row ||
@@ -196,6 +199,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "attention", [&] {
     auto work = attention_of<scalar_t>(q, k, v, ranges, causal, scale, p, seed);
     work.o = heads_of<scalar_t>(o), work.lse = data<scalar_t>(lse);
+    if (!lse.numel()) return;
     over_heads(ranges, q.size(2), [&](const Range& r, int64_t head) { kernels<scalar_t>().attention(work, r, head); });
   });
   return {o, lse};
@@ -218,6 +222,7 @@ Tensors attention_backward(const Tensor& d_o_, const Tensor& q_, const Tensor& k
     auto work = attention_of<scalar_t>(q, k, v, ranges, causal, scale, p, seed);
     work.o = heads_of<scalar_t>(o), work.lse = data<scalar_t>(lse), work.d_o = heads_of<const scalar_t>(d_o);
     work.dq = heads_of<scalar_t>(dq), work.dk = heads_of<scalar_t>(dk), work.dv = heads_of<scalar_t>(dv);
+    if (!lse.numel()) return;
     over_heads(ranges, k.size(2), [&](const Range& r, int64_t head) {
       kernels<scalar_t>().attention_backward(work, r, head);
     });
@@ -238,7 +243,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q_, const Tensor& k_, const Tens
               "rotary embeddings of q ", q.sizes(), ", k ", k.sizes(), ", cos ", cos.sizes());
   const Tensor one = at::empty(q.sizes(), q.options()), two = at::empty(k.sizes(), k.options());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rotary", [&] {
-    at::parallel_for(0, rows * tokens, grain(q.size(2) * dim), [&](int64_t begin, int64_t end) {
+    const int64_t all = one.numel() || two.numel() ? rows * tokens : 0;
+    at::parallel_for(0, all, grain(q.size(2) * dim), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / tokens, token = i % tokens, angle = (cos.size(0) == 1 ? token : i) * dim;
         for (const auto& [x, y] : {std::pair<const Tensor&, const Tensor&>{q, one}, {k, two}})
@@ -256,14 +262,16 @@ void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Ten
                double temperature, double smoothing, bool keep) {
   check_tensor(z, 2, z.scalar_type(), "logits");
   check_tensor(u, 2, z.scalar_type(), "the teacher's logits");
-  check_tensor(labels_, labels_.dim(), at::kLong, "labels");
+  check_tensor(labels_, 1, at::kLong, "labels");
   check_tensor(sums, 2, z.scalar_type(), "sums");
   const Tensor labels = labels_.contiguous();
   const int64_t rows = z.size(0), vocabulary = z.size(1);
-  TORCH_CHECK((!u || (u->sizes() == z.sizes() && u->stride(1) == 1)) && labels.numel() == rows && sums.size(0) == 2 &&
-                  sums.size(1) == rows,
+  const auto fits = [&](const Tensor& t) { return t.sizes() == z.sizes() && t.stride(1) == 1; };
+  TORCH_CHECK(fits(z) && (!u || fits(*u)) && labels.size(0) == rows && sums.size(0) == 2 && sums.size(1) == rows &&
+                  sums.stride(1) == 1,
               "loss of logits ", z.sizes(), ", labels ", labels.sizes(), ", sums ", sums.sizes());
-  check_written(z, "logits"), check_written(sums, "sums");
+  at::assert_no_internal_overlap(z), at::assert_no_internal_overlap(sums), at::assert_no_overlap(z, sums);
+  if (u) at::assert_no_partial_overlap(z, *u), at::assert_no_overlap(*u, sums);
   for (int64_t i = 0; i < rows; i++)
     TORCH_CHECK_INDEX(data<int64_t>(labels)[i] >= 0 && data<int64_t>(labels)[i] < vocabulary, "label ",
                       data<int64_t>(labels)[i], " of a vocabulary of ", vocabulary);
@@ -278,12 +286,12 @@ void head_rows(const Tensor& z, const Maybe& u, const Tensor& labels_, const Ten
 
 // (rows, columns): 1 / (1 - p), or 0 for what dropout drops
 Tensor dropout_mask(int64_t rows, int64_t columns, double p, uint64_t seed) {
-  TORCH_CHECK(rows >= 0 && columns >= 0 && columns < int64_t(1) << 60, "a mask of ", rows, " rows and ", columns,
-              " columns");
+  TORCH_CHECK(0 <= rows && rows <= LARGEST && 0 <= columns && columns <= LARGEST, "a mask of ", rows,
+              " rows and ", columns, " columns");
   check_dropout(p);
   const int64_t whole = (columns + 63) / 64 * 64;
   const Tensor mask = at::empty({rows, whole}, at::kFloat);
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, columns ? rows : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
       kernels<float>().dropout_mask(seed, p, t, columns, data<float>(mask) + t * whole);
   });
@@ -294,6 +302,7 @@ std::string instructions() { return kernels<float>().name; }
 
 // For tests: at most the `level`-th instruction set (0 plain, 1 AVX2, 2 AVX-512); the one in use is returned.
 std::string limit_instructions(int level) {
+  TORCH_CHECK(0 <= level && level <= 2, "level ", level, ": expected 0 to 2");
   chosen = std::min(level, choose());
   return instructions();
 }

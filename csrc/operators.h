@@ -27,14 +27,25 @@ T* data(const Maybe& t) {
   return t ? t->data_ptr<T>() : nullptr;
 }
 
-// Throws unless t has `dims` dimensions, the type asked for, and lies in memory that the kernels can read, as the
-// numbers that it stands for: not so lazily negated views (`torch._neg_view`, `.imag` of a conjugate) and PyTorch's
-// tensors of zeros without memory.
+// More numbers than a memory holds; small enough that nothing computed from the sizes below overflows
+constexpr int64_t LARGEST = int64_t(1) << 48;
+
+// Whether the product of the sizes, leaving out zeros, is one the kernels can count with: a tensor that is expanded, or
+// has no numbers, can have any
+inline bool is_countable(at::IntArrayRef sizes) {
+  int64_t numbers = 1;
+  for (int64_t size : sizes)
+    if (size && (__builtin_mul_overflow(numbers, size, &numbers) || numbers > LARGEST)) return false;
+  return true;
+}
+
+// Throws unless t has `dims` dimensions, lies in memory that the kernels can read, and has the type asked for
 inline void check_tensor(const Tensor& t, int64_t dims, at::ScalarType type, const char* what) {
-  TORCH_CHECK(t.dim() == dims && t.scalar_type() == type && t.is_cpu() && t.layout() == at::kStrided && !t.is_neg() &&
-                  !t._is_zerotensor(),
-              what, ": expected ", type, " of ", dims, " dimensions on the CPU, got ", t.scalar_type(), " of sizes ",
-              t.sizes(), " on ", t.device(), t.is_neg() ? ", lazily negated: give t.resolve_neg()" : "");
+  TORCH_CHECK(t.dim() == dims && t.scalar_type() == type && t.is_cpu() && t.layout() == at::kStrided, what,
+              ": expected ", type, " of ", dims, " dimensions on the CPU, got ", t.scalar_type(), " of sizes ",
+              t.sizes(), " on ", t.device());
+  TORCH_CHECK(is_countable(t.sizes()), what, ": sizes ", t.sizes(), " are too large");
+  TORCH_CHECK(!t.is_neg(), what, ": a view that is negated when it is read; call resolve_neg() on it first");
 }
 
 inline void check_tensor(const Maybe& t, int64_t dims, at::ScalarType type, const char* what) {
@@ -48,12 +59,6 @@ inline void check_activation(int64_t activation, bool has_operand) {
 }
 
 inline void check_dropout(double p) { TORCH_CHECK(0 <= p && p < 1, "dropout of ", p, ": expected 0 to below 1"); }
-
-// Throws unless the kernels can write to t row by row: the numbers of a row side by side, rows apart
-inline void check_written(const Tensor& t, const char* what) {
-  TORCH_CHECK((t.stride(1) == 1 || t.size(1) <= 1) && (t.stride(0) >= t.size(1) || t.size(0) <= 1), what, " of sizes ",
-              t.sizes(), " and strides ", t.strides(), ": expected contiguous rows that do not overlap");
-}
 
 inline Maybe contiguous(const Maybe& t) { return t ? Maybe(t->contiguous()) : t; }
 

@@ -1,211 +1,322 @@
-"""What the compiled functions for CPUs are given wrongly raises an error: the kernels would read beyond it.
+"""Functions of the extension check all they are given: its kernels would read and write beyond the end of it.
 
-Each function has a right call here. One argument after the other is then made wrong in every way that its kind can be.
+Every function has a right call (calls.py). Each fault below alters one argument of it, and is refused. What may be
+another size is listed, too, and has to run.
 """
 
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from tests.csrc.calls import CALLS, SIDE_BY_SIDE, WRITTEN, Path, each_tensor, places, put, some
 from tests.csrc.helpers import cpu
 
-ERRORS = (RuntimeError, IndexError, TypeError, ValueError)
-ROWS, N, M, RANK, HEADS, KV_HEADS, DIM = 4, 12, 10, 3, 4, 2, 6
-NONE, GELU, SILU_MUL = 0, 1, 3
+REFUSED = (RuntimeError, IndexError, TypeError, ValueError)
+NAN = float("nan")
 
 
-def t(*shape: int) -> Tensor:
-    return torch.rand(shape) + 0.1
+def resized(t: Tensor, dim: int, by: int) -> Tensor:
+    """One row of zeros more at the end of the dimension, or one row less, in memory without room at its end."""
+    if by < 0:
+        return t.narrow(dim, 0, t.shape[dim] - 1).clone()
+    return torch.cat([t, torch.zeros_like(t.narrow(dim, 0, 1))], dim)
 
 
-def layer(m: int, n: int) -> tuple[Any, ...]:
-    spans = [0, m // 2, m // 2, m - m // 2]
-    return (t(m, n), t(m), [t(RANK, n), t(2, n)], [t(m, RANK), t(m, 2)], [0.5, 2.0], spans)
+def freed(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
 
 
-def norm(n: int) -> tuple[Any, ...]:
-    return (t(n), t(n), 1e-5)
+def tensor_faults(t: Tensor) -> dict[str, Any]:
+    """What no function takes in the place of any tensor."""
+    faults: dict[str, Any] = {
+        "text": "text", "a number": 1.0, "a list": t.tolist(), "of no dimensions": t.new_ones(()),
+        "a dimension more": t[None], "a dimension less": t[0], "on no device": t.to("meta"), "sparse": t.to_sparse(),
+        "not allocated": freed(t), "fake": FakeTensorMode().from_tensor(t), "complex": t.to(torch.complex64),
+        "int32": t.int(), "bool": t.bool(), "too large": t.new_ones(()).expand([2 ** (60 // t.dim())] * t.dim()),
+    }  # fmt: skip
+    types = [torch.float64, torch.float16, torch.int64] if t.is_floating_point() else [torch.float32]
+    faults |= {str(dtype): t.to(dtype) for dtype in types}
+    if t.is_floating_point():
+        faults["negated"] = torch._neg_view(t)
+    return faults
 
 
-RANGES = torch.tensor([[0, 0, 5, 0, 5, 0], [1, 0, 2, 0, 2, 0], [1, 3, 5, 3, 5, 0]])
-Q, K = (2, 5, HEADS, DIM), (2, 5, KV_HEADS, DIM)
-WIDE = HEADS * DIM
-
-CALLS: dict[str, Callable[[], list[Any]]] = {
-    "product": lambda: [t(ROWS, N), t(M, N), t(M), t(ROWS, M)],
-    "linear": lambda: [t(2, ROWS, N), [layer(M, N)], SILU_MUL, t(2, ROWS, M), t(2, ROWS, M)],
-    "linear_forward": lambda: [t(ROWS, N), [layer(M, N)], SILU_MUL, t(ROWS, M), t(ROWS, M), True],
-    "linear_backward": lambda: [
-        [t(ROWS, M), t(ROWS, 8)], t(ROWS, N), [t(ROWS, RANK + 2)] * 2, [layer(M, N), layer(8, N)],
-        [[True, False]] * 2, True, N,
-    ],
-    "activation_backward": lambda: [t(ROWS, M), t(ROWS, M), t(ROWS, M), SILU_MUL],
-    "add_norm": lambda: [t(ROWS, N), t(ROWS, N), t(N), t(N), 1e-5, False, 0.1, 7],
-    "add_norm_backward": lambda: [t(ROWS, N), t(ROWS, N), t(ROWS, N), t(N), 1e-5, False, 0.1, 7, True],
-    "attention": lambda: [t(*Q), t(*K), t(*K), RANGES.clone(), True, 0.3, 0.1, 7],
-    "attention_backward": lambda: [
-        t(*Q), t(*Q), t(*K), t(*K), t(*Q), t(*Q[:3]), RANGES.clone(), True, 0.3, 0.1, 7,
-    ],
-    "encoder_layer": lambda: [
-        t(2, 5, N), [layer(WIDE, N) for _ in range(3)], layer(N, WIDE), norm(N), layer(M, N), GELU, layer(N, M),
-        norm(N), RANGES.clone(), DIM, 0.3,
-    ],
-    "rotary": lambda: [t(*Q), t(*K), t(2, 5, DIM), t(2, 5, DIM), False],
-    "head_rows": lambda: [t(ROWS, M), t(ROWS, M), torch.randint(M, (ROWS,)), t(2, ROWS), 0.5, 2.0, 0.1, True],
-    "dropout_mask": lambda: [ROWS, N, 0.1, 7],
-}  # fmt: skip
-TAKES_NOTHING_WRONG = {"instructions", "limit_instructions"}  # no tensors: any number means an instruction set
-
-# What is made wrong below, and is right for all that. (function, place of the argument, what is done to it)
-RIGHT = [
-    "linear [034] another dimension",  # x, operand and residual have any leading dimensions
-    "linear* 1.0.[02]* longer in 1",  # W and A have more columns than a narrow x
-    "linear_backward 3.?.[02]* longer in 1",
-    "linear 0 shorter in 2",
-    "linear_forward 0 shorter in 1",
-    "encoder_layer [246].[02]* longer in 1",
-    "encoder_layer 1.?.[02]* longer in 1",
-    "encoder_layer [37].[01] longer in 0",  # norms of a wider model
-    "encoder_layer 0 longer in [01]",  # rows and tokens that no range names
-    "attention 0 longer in 1",
-    "attention 0 empty in 2",  # no heads
-    "attention 3 * in 0",  # ranges of fewer tokens
-    "attention_backward 6 * in 0",
-    "encoder_layer 8 * in 0",
-    "rotary [01] * in 2",  # heads
-    "head_rows 2 * dimension*",  # labels have any shape
-]
+def ranges_faults() -> list[Tensor]:
+    """Ranges outside of 2 batch rows of 3 queries and keys, or that follow each other wrongly."""
+    lines = [
+        [[2, 0, 3, 0, 3, 0]], [[-1, 0, 3, 0, 3, 0]], [[0, -1, 3, 0, 3, 0]], [[0, 0, 4, 0, 3, 0]], [[0, 2, 1, 0, 3, 0]],
+        [[0, 0, 3, -1, 3, 0]], [[0, 0, 3, 0, 4, 0]], [[0, 0, 3, 2, 1, 0]], [[0, 0, 3, 0, 3, 2**63 - 1]],
+        [[0, 0, 3, 0, 3, -(2**63)]], [[0, 0, 2**62, 0, 3, 0]], [[0, 0, 3, 0, 2**62, 0]], [[2**62, 0, 3, 0, 3, 0]],
+        [[0, 0, 2, 0, 1, 0], [0, 1, 3, 1, 3, 0]], [[0, 0, 1, 0, 2, 0], [0, 1, 3, 1, 3, 0]],
+        [[1, 0, 3, 0, 3, 0], [0, 0, 3, 0, 3, 0]],
+    ]  # fmt: skip
+    apart = torch.zeros(6, 2, dtype=torch.int64).t()
+    return [*(torch.tensor(each) for each in lines), apart]
 
 
-def places(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yields every value within the arguments and where it stands, lists themselves among them."""
-    if at:
-        yield at, value
-    if isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from places(inner, (*at, i))
-
-
-def replaced(value: Any, at: tuple[int, ...], new: Any) -> Any:
-    if not at:
-        return new
-    inner = [replaced(old, at[1:], new) if i == at[0] else old for i, old in enumerate(value)]
-    return inner if isinstance(value, list) else tuple(inner)
-
-
-def faults_of_a_tensor(x: Tensor) -> Iterator[tuple[str, Any]]:
-    """Yields what is no such tensor, whatever the other arguments are."""
-    yield "another type", x.int() if x.dtype == torch.long else x.double()
-    yield "half precision", x.to(torch.bfloat16)
-    yield "integers" if x.is_floating_point() else "numbers", x.int() if x.is_floating_point() else x.float()
-    yield "another dimension", x[None]
-    yield "a dimension less", x[0]
-    yield "none of its dimensions", x.sum()
-    yield "on another device", x.to("meta")
-    yield "sparse", x.to_sparse()
-    yield "no tensor", 3.5
-    if x.is_floating_point():
-        yield "lazily negated", torch._neg_view(x)
-        yield "without memory", torch._efficientzerotensor(x.shape)
-
-    for dim in range(x.dim()):
-        yield f"longer in {dim}", torch.cat([x, x.narrow(dim, 0, 1)], dim)
-        yield f"shorter in {dim}", x.narrow(dim, 0, x.shape[dim] - 1)
-        yield f"empty in {dim}", x.narrow(dim, 0, 0)
-
-
-SPANS = [[0], [0, 11], [-1, 3], [3, -1], [11, 0], [5, 6], [2**62, 2**62], [0, 2**63 - 1], [0, 5, 5]]
-CODES = [NONE - 1, SILU_MUL + 1, 99, GELU]  # the last has no operand, of which there is one
-RATES = [-0.1, 1.0, 2.0, float("nan"), float("inf")]
-
-
-def ranges(row: int, column: int, value: int) -> Tensor:
-    wrong = RANGES.clone()
-    wrong[row, column] = value
-    return wrong
-
-
-WRONG_RANGES = [
-    *(ranges(0, 0, row) for row in (-1, 2, 2**40)),
-    *(ranges(0, column, number) for column in (1, 2, 3, 4) for number in (-1, 6, 2**62, -(2**63))),
-    *(ranges(0, 5, number) for number in (2**63 - 1, -(2**63), 2**62)),
-    ranges(1, 2, 4), ranges(2, 0, 0), RANGES.flip(0),  # into the next, before the one before, the other way round
+SPANS = [
+    [-1, 2], [0, -1], [0, 13], [13, 0], [5, 8], [2**62, 2**62], [1, 2**63 - 1], [2**63, 1], [0, 2**62, 0, 2**62],
+    [0, 3, 2, 3], [3, 3, 0, 2], [0, 5, 0, 0], [0.0, 5.0], [0], [None, 5], None,
 ]  # fmt: skip
-# (function, place, values)
-WRONG: list[tuple[str, tuple[int, ...], list[Any]]] = [
-    ("linear", (1, 0, 5), SPANS),
-    ("linear", (2,), CODES),
-    ("linear", (3,), [None]),
-    ("linear", (1,), [[layer(M, N)] * 2, [()], [None]]),
-    ("linear_forward", (1, 0, 5), SPANS),
-    ("linear_forward", (2,), CODES),
-    ("linear_forward", (3,), [None]),
-    ("linear_forward", (1,), [[layer(M, N)] * 2]),
-    *(("linear_forward", (1, 0, list_), [[], [t(RANK, N)], [t(RANK, N)] * 3]) for list_ in (2, 3)),
-    ("linear_forward", (1, 0, 4), [[], [1.0], [1.0] * 3]),
-    ("linear_backward", (3, 1, 5), [[0], [0, 9], [-1, 3], [9, 0], [2**62, 2**62]]),
-    *(("linear_backward", (place,), [[]]) for place in (0, 2, 3, 4)),
-    ("linear_backward", (1,), [None]),
-    ("linear_backward", (2,), [[None, None]]),
-    ("linear_backward", (4,), [[[True]] * 2, [[True] * 3] * 2, [[True, False]]]),
-    ("linear_backward", (6,), [0, -1, N + 1, N - 1, 2**62]),
-    ("activation_backward", (3,), [*CODES, NONE]),
-    ("activation_backward", (2,), [None]),
-    ("add_norm", (6,), RATES),
-    ("add_norm", (7,), [-1, 2**64]),
-    ("add_norm_backward", (6,), RATES),
-    ("attention", (3,), WRONG_RANGES),
-    ("attention", (6,), RATES),
-    ("attention_backward", (6,), WRONG_RANGES),
-    ("attention_backward", (9,), RATES),
-    ("encoder_layer", (1,), [[], [layer(WIDE, N)] * 2, [layer(WIDE, N)] * 4]),
-    ("encoder_layer", (5,), [SILU_MUL, -1, 99]),
-    ("encoder_layer", (8,), WRONG_RANGES),
-    ("encoder_layer", (9,), [0, -1, 5, WIDE + 1, 2**62]),
-    ("head_rows", (2,), [torch.full((ROWS,), M), torch.full((ROWS,), -100), torch.full((ROWS,), 2**62)]),
-    ("head_rows", (0,), [t(1, M).expand(ROWS, M), t(M, ROWS).t()]),
-    ("head_rows", (3,), [t(1, ROWS).expand(2, ROWS)]),
-    ("product", (3,), [t(1, M).expand(ROWS, M), t(M, ROWS).t()]),
-    ("rotary", (0,), [t(2, 5, HEADS, DIM + 2)]),
-    ("dropout_mask", (0,), [-1, 2**60]),
-    ("dropout_mask", (1,), [-1, 2**62, 2**63 - 1]),
-    ("dropout_mask", (2,), RATES),
-]
+
+# What no function takes in the place of any argument, or part of one, of that name
+BY_NAME: dict[str, list[Any]] = {
+    "spans": SPANS,
+    "ranges": ranges_faults(),
+    "scales": [[None], ["text"], [], 0.5, [0.5, 0.5]],
+    "activation": [-1, 4, 2**31, 2**32 + 3, 2**63, 3.0],
+    "p": [-0.1, 1.0, 1.5, NAN, float("inf")],
+    "seed": [-1, 2**64, 0.5],
+    "labels": [torch.tensor([0, 1, 2, label]) for label in (-1, -100, 9, 2**62)],
+    "n": [0, -1, 7, 9, 2**62, 8.0],
+    "dim": [0, -1, 3, 16, 2**62, 4.0],
+    "rows": [-1, 2**49, 2**63, 0.5],
+    "columns": [-1, 2**49, 2**63 - 1, 2**63, 0.5],
+    "level": [-1, 3, 2**31, 0.5],
+}
+
+# What only this function does not take
+ONLY_HERE: dict[str, list[tuple[Path, Any]]] = {
+    "product": [(("out",), out) for out in (some(5, 4).t(), some(1, 5).expand(4, 5), None)],
+    "linear": [
+        *((("activation",), number) for number in (0, 1, 2)),
+        *(((name,), some(*shape)) for name in ("operand", "residual") for shape in [(6, 5), (3, 2, 5), (5,)]),
+        (("operand",), None),
+    ],
+    "encoder_layer": [(("activation",), 3), (("norm", 0), some(7)), (("last_norm", 1), some(7))],
+    "linear_forward": [*((("activation",), number) for number in (0, 1, 2)), (("operand",), None)],
+    "linear_backward": [(("x",), None), (("hs",), [None]), (("trains",), [[]])],
+    "activation_backward": [*((("activation",), number) for number in (0, 1, 2)), (("operand",), None)],
+    "head_rows": [
+        *((("z",), z) for z in (some(9, 4).t(), some(1, 9).expand(4, 9))),
+        *((("sums",), sums) for sums in (some(4, 2).t(), some(1, 4).expand(2, 4))),
+        (("u",), some(9, 4).t()),
+    ],
+    "rotary": [((name,), some(3, 3, 8)) for name in ("cos", "sin")],
+    "instructions": [(("more",), 1)],
+}
+
+# (function, path, dimension) -> by how much it may differ: the rest of the call says nothing about it
+FREE: dict[tuple[str, Path, int], set[int]] = {
+    **{(name, ("x",), dim): {-1} for name, dim in (("linear", 2), ("linear_forward", 1))},
+    **{
+        (name, (*path, *inner), 1): {1}
+        for name, path in (
+            *((name, ("layers", 0)) for name in ("linear", "linear_forward", "linear_backward")),
+            *(("encoder_layer", ("projections", i)) for i in range(3)),
+            *(("encoder_layer", (part,)) for part in ("out", "up", "down")),
+        )
+        for inner in (("weight",), ("lora_a", 0))
+    },
+    **{("encoder_layer", (part, i), 0): {1} for part in ("norm", "last_norm") for i in (0, 1)},
+    ("encoder_layer", ("x",), 0): {1},
+    ("encoder_layer", ("x",), 1): {1},
+    ("encoder_layer", ("ranges",), 0): {-1},
+    ("attention", ("q",), 1): {1},
+    ("attention", ("ranges",), 0): {-1},
+    ("attention_backward", ("ranges",), 0): {-1},
+    ("rotary", ("q",), 2): {-1, 1},
+    ("rotary", ("k",), 2): {-1, 1},
+}
+
+# Faults of what is not read, or of the part that is not
+NOT_READ: dict[tuple[str, Path], set[str]] = {
+    **{("encoder_layer", (part, i)): {"too large"} for part in ("norm", "last_norm") for i in (0, 1)},
+    ("linear_backward", ("layers", 0, "bias")): {"not allocated", "fake"},
+}
 
 
-def test_every_function_has_a_row() -> None:
-    functions = {name for name in dir(cpu) if not name.startswith("_")}
-    assert functions == set(CALLS) | TAKES_NOTHING_WRONG
+def tensors_of(name: str) -> list[tuple[Path, Tensor]]:
+    return [(path, t) for path, t in places(CALLS[name]()) if isinstance(t, Tensor)]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_right_call_of_which_the_wrong_ones_are_made_is_right(name: str) -> None:
-    getattr(cpu, name)(*CALLS[name]())
+FUNCTIONS = pytest.mark.parametrize("name", CALLS)
 
 
-def refuses(name: str, at: tuple[int, ...], wrong: Any) -> bool:
+def run(name: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """Calls the function; returns the tensors of its answer and those that it wrote into."""
+    answer = getattr(cpu, name)(*arguments.values())
+    written = [arguments[key] for function, key in WRITTEN if function == name]
+    return [t for _, t in places([answer, *written]) if isinstance(t, Tensor)]
+
+
+def refuses(name: str, path: Path, fault: Any) -> bool:
     try:
-        getattr(cpu, name)(*replaced(CALLS[name](), at, wrong))
-    except ERRORS:
+        run(name, put(CALLS[name](), path, fault) if path[0] != "more" else {"more": fault})
+    except REFUSED:
         return True
     return False
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_tensor_that_is_not_as_expected_is_refused(name: str) -> None:
-    taken = set()
-    for at, value in places(CALLS[name]()):
-        if isinstance(value, Tensor):
-            for what, wrong in faults_of_a_tensor(value):
-                if not refuses(name, at, wrong):
-                    taken.add(f"{name} {'.'.join(map(str, at))} {what}")
-    assert {fault for fault in taken if not any(fnmatch(fault, pattern) for pattern in RIGHT)} == set()
+def test_every_function_of_the_extension_has_a_right_call():
+    functions = {name for name in dir(cpu) if callable(getattr(cpu, name)) and not name.startswith("_")}
+    assert functions == CALLS.keys()
 
 
-@pytest.mark.parametrize(("name", "at", "values"), WRONG, ids=[f"{n}-{'.'.join(map(str, a))}" for n, a, _ in WRONG])
-def test_a_value_out_of_range_is_refused(name: str, at: tuple[int, ...], values: list[Any]) -> None:
-    assert [wrong for wrong in values if not refuses(name, at, wrong)] == []
+@FUNCTIONS
+def test_the_right_call_runs(name):
+    before = run(name, CALLS[name]())
+    assert all(t.isfinite().all() for t in before)
+
+
+@FUNCTIONS
+def test_what_is_no_tensor_of_the_right_kind_is_refused(name):
+    for path, t in tensors_of(name):
+        taken = {what for what, fault in tensor_faults(t).items() if not refuses(name, path, fault)}
+        assert taken == NOT_READ.get((name, path), set()), path
+
+
+@FUNCTIONS
+def test_sizes_that_do_not_fit_are_refused_and_those_that_do_are_not(name):
+    for path, t in tensors_of(name):
+        for dim, by in [(dim, by) for dim in range(t.dim()) for by in (-1, 1)]:
+            fits = by in FREE.get((name, path, dim), ())
+            assert refuses(name, path, resized(t, dim, by)) != fits, (path, dim, by)
+
+
+@FUNCTIONS
+def test_lists_of_another_length_and_values_of_another_type_are_refused(name):
+    faults: list[tuple[Path, Any]] = []
+    for path, value in places(CALLS[name]()):
+        if isinstance(value, list | tuple):
+            faults += [(path, list(value)[:-1]), (path, [*value, value[-1]]), (path, []), (path, None)]
+        faults += [(path, "text"), (path, {}), (path, object())]
+    assert [(path, fault) for path, fault in faults if not refuses(name, path, fault)] == []
+
+
+@FUNCTIONS
+def test_numbers_out_of_range_and_arguments_that_contradict_each_other_are_refused(name):
+    faults = [(path, bad) for path, _ in places(CALLS[name]()) for bad in BY_NAME.get(str(path[-1]), ())]
+    faults += ONLY_HERE.get(name, [])
+    assert [(path, fault) for path, fault in faults if not refuses(name, path, fault)] == []
+
+
+@FUNCTIONS
+def test_one_argument_less_or_more_is_refused(name):
+    arguments = list(CALLS[name]().values())
+    for wrong in (arguments[:-1], [*arguments, 1]) if arguments else ([1],):
+        with pytest.raises(TypeError):
+            getattr(cpu, name)(*wrong)
+
+
+def test_results_that_share_memory_with_what_they_are_made_of_are_refused():
+    both, labels = some(8, 8), torch.arange(4)
+    for first, second, out in [(both, some(8, 8), both), (some(8, 8), both, both)]:
+        with pytest.raises(RuntimeError, match="memory location"):
+            cpu.product(first, second, None, out)
+    for teacher, sums in [(both[2:6], some(2, 4)), (None, both[3].view(2, 4)), (both[4:], both[5].view(2, 4))]:
+        with pytest.raises(RuntimeError, match="memory location"):
+            cpu.head_rows(both[:4], teacher, labels, sums, 0.5, 1.0, 0.0, True)
+
+
+def test_sums_of_sizes_that_overflow_are_refused():
+    """Their sum would be a small number, and the product's result too small for it."""
+    for rank, stages in [(2**59, 16), (2**45, 2**15)]:
+        lora = [some(1, 1).expand(rank, 8)] * stages, [some(1, 1).expand(6, rank)] * stages, [1.0] * stages
+        with pytest.raises(RuntimeError, match="too large"):
+            cpu.linear_forward(some(4, 8), [(some(6, 8), None, *lora, [0, 6])], 0, None, None, False)
+
+
+def test_scores_for_which_there_is_no_memory_are_an_error():
+    """From any thread; and its memory is whole afterwards."""
+    k, ranges = some(1, 1, 1, 1).expand(1, 2**41, 2, 1), torch.tensor([[0, 0, 1, 0, 2**41, 0]])
+    with pytest.raises(RuntimeError, match="no memory for"):
+        cpu.attention(some(1, 1, 2, 1), k, k, ranges, False, 1.0, 0.0, 0)
+    test_the_right_call_runs("attention")
+
+
+def test_rows_without_numbers_are_no_work():
+    """However many they are: without numbers no memory bounds them."""
+    nothing, many = torch.empty(2**40, 0), 2**20
+    assert cpu.add_norm(nothing, nothing, None, None, 1e-5, False, 0.0, 0)[0].shape == nothing.shape
+    assert cpu.add_norm_backward(nothing, None, nothing, None, 1e-5, False, 0.0, 0, True)[0].shape == nothing.shape
+    assert cpu.dropout_mask(2**40, 0, 0.5, 0).shape == nothing.shape
+    q, cos = torch.empty(many, many, 0, 0), torch.empty(1, many, 0)
+    assert cpu.rotary(q, q, cos, cos, False)[0].shape == q.shape
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 3), (2, 0), (0, 0)])
+def test_an_encoder_layer_of_no_tokens_gives_none(rows, tokens):
+    call = {
+        **CALLS["encoder_layer"](),
+        "x": torch.empty(rows, tokens, 8),
+        "ranges": torch.empty(0, 6, dtype=torch.int64),
+    }
+    assert cpu.encoder_layer(*call.values()).shape == (rows, tokens, 8)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("kind", ["apart", "inside", "with gradients"])
+def test_numbers_that_lie_apart_are_read_as_the_same_numbers(name, kind):
+    def change(t: Tensor) -> Tensor:
+        if kind == "apart":
+            wide = t.new_zeros((*t.shape, 2))
+            wide[..., 1] = t
+            return wide[..., 1]
+        return bordered(t) if kind == "inside" else t.detach().requires_grad_(t.is_floating_point())
+
+    for path, t in tensors_of(name):
+        if kind != "apart" or (name, path[0]) not in SIDE_BY_SIDE:
+            found, right = run(name, put(CALLS[name](), path, change(t))), run(name, CALLS[name]())
+            for a, b in zip(found, right, strict=True):
+                torch.testing.assert_close(a.detach(), b)
+
+
+def bordered(t: Tensor) -> Tensor:
+    """The same numbers amid NaN: what is read beyond the end of them shows, and what is written."""
+    if not t.is_floating_point() or not t.dim():
+        return t.clone()
+    whole = t.new_full([size + 16 for size in t.shape], NAN)
+    inner = whole[tuple(slice(8, 8 + size) for size in t.shape)]
+    return inner.copy_(t)
+
+
+def borders_are_whole(t: Tensor) -> bool:
+    base = t._base
+    return base is None or int(base.isnan().sum()) == base.numel() - t.numel()
+
+
+@st.composite
+def mutations(draw, name: str) -> dict[str, Any]:
+    """A right call with one tensor of it permuted, of other sizes, of another type or less of a dimension."""
+    path, t = draw(st.sampled_from(tensors_of(name)))
+    kind = draw(st.sampled_from(["drop", "permute", "resize", "retype", "repeat"]))
+    if kind == "drop":
+        t = t.select(draw(st.integers(0, t.dim() - 1)), 0)
+    elif kind == "permute":
+        t = t.permute(draw(st.permutations(range(t.dim()))))
+    elif kind == "resize":
+        for dim in range(t.dim()):
+            if draw(st.booleans()):
+                t = t.narrow(dim, 0, draw(st.integers(0, t.shape[dim])))
+    elif kind == "retype":
+        t = t.to(draw(st.sampled_from([torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool])))
+    else:
+        t = t.repeat([draw(st.integers(1, 2)) for _ in range(t.dim())])
+    return put(CALLS[name](), path, t)
+
+
+@pytest.mark.parametrize("name", list(filter(tensors_of, CALLS)))
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_call_altered_at_random_is_refused_or_touches_nothing_else(name, data):
+    """What runs gives the numbers of the same call in float64, and neither reads nor writes beside its tensors."""
+    arguments = data.draw(mutations(name))
+    kinds = {t.dtype for _, t in places(arguments) if isinstance(t, Tensor) and t.is_floating_point()}
+    guarded = each_tensor(arguments, bordered)
+    exact = each_tensor(arguments, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        found = run(name, guarded)
+    except REFUSED:
+        return
+    assert kinds == {torch.float32}
+    for a, b in zip(found, run(name, exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+    assert all(borders_are_whole(t) for _, t in places(guarded) if isinstance(t, Tensor))

@@ -27,7 +27,10 @@ def test_types_it_does_not_take_are_refused_when_forced_and_go_elsewhere_when_no
     assert backend.backend_of(half.float(), None, half.float()) == "cpp"
     monkeypatch.setattr(cpp, "why_no_cpp", lambda: "there is no compiler")
     monkeypatch.setattr(cpp, "_WHY_NOT", cpp.why_no_cpp())
+    warned: list[str] = []
+    monkeypatch.setattr(cpp, "warn_of_plain_pytorch", warned.append)
     assert backend.backend_of(half.float()) == "reference"
+    assert warned == ["there is no compiler"]
     with pytest.raises(MLFSError, match="backend cpp is not available: there is no compiler"), use_backend("cpp"):
         pass
 

@@ -1,0 +1,130 @@
+"""Who multiplies with a layer's weight itself reads what the layer computes with; everybody else the parameter."""
+
+import types
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mlfs import MLFSError, SuperTransformer
+from mlfs.elastic import ElasticLayerNorm, ElasticLinear
+from mlfs.elastic.base import Elastic
+from mlfs.elastic.readers import READERS
+from tests.tiny_models import FAMILIES, make, subnets_of
+
+
+def elastic(module: nn.Linear) -> ElasticLinear:
+    made = ElasticLinear.from_linear(module, rank=2)
+    nn.init.normal_(made.lora_B[0], std=0.3)
+    return made
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "encoder"])
+def test_pytorchs_encoder_layer_computes_with_the_stages_on_its_fast_path(whole: bool, monkeypatch) -> None:
+    layer, x = encoder_layer(), torch.randn(2, 5, 16)
+    plain = layer(x)
+    layer.linear1, layer.linear2 = elastic(layer.linear1), elastic(layer.linear2)
+    layer.self_attn.out_proj = elastic(layer.self_attn.out_proj)
+    layer.norm1 = ElasticLayerNorm.from_layer_norm(layer.norm1)
+    taken = []
+    fast = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: taken.append(1) or fast(*args))
+    model = nn.TransformerEncoder(layer, 2) if whole else layer
+    expected = model(x)  # with gradients: modules are called
+    assert not taken and (expected - plain).abs().max() > 0.1
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert taken
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pytorchs_attention_computes_with_the_stages_of_its_output(training: bool) -> None:
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+    made = attention.out_proj = elastic(attention.out_proj)
+    attention.train(training)
+    found = attention(x, x, x)[0]
+    found.square().sum().backward()
+    gradient = made.lora_B[0].grad.clone()
+    attention.out_proj, made.lora_B[0].grad = nn.Identity(), None
+    attention.out_proj.weight, attention.out_proj.bias = torch.eye(16), torch.zeros(16)
+    expected = made(attention(x, x, x)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    torch.testing.assert_close(gradient, made.lora_B[0].grad, rtol=1e-4, atol=1e-4)
+
+
+def read_in(module: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Reads a layer's weight and bias in a module of that name."""
+    reader = types.ModuleType(module)
+    exec("def read(layer):\n    return layer.weight, layer.bias", vars(reader))
+    return reader.read(layer)
+
+
+@pytest.mark.parametrize("module", ["trl.trainer.utils", "liger_kernel.transformers.model.llama", "cut_cross_entropy"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt_neox", "gpt_bigcode-mqa"])
+def test_losses_that_multiply_with_the_heads_weight_have_it_at_every_size(module: str, family: str) -> None:
+    suffix = next(suffix for name, suffix in FAMILIES if name == family)
+    supernet = SuperTransformer(make(family, suffix), rank=2).eval()
+    ids = torch.randint(3, 40, (2, 6))
+    for subnet in subnets_of(family).values():
+        with supernet.activate(subnet):
+            output = supernet(ids, output_hidden_states=True)
+            weight, bias = read_in(module, supernet.get_output_embeddings())
+            torch.testing.assert_close(linear(output.hidden_states[-1], weight, bias), output.logits)
+
+
+def test_everybody_else_reads_the_parameter() -> None:
+    supernet = SuperTransformer(make("llama", "ForCausalLM"), rank=2)
+    for subnet in (supernet.space.max, supernet.space.min):
+        with supernet.activate(subnet):
+            for name, module in supernet.model.named_modules():
+                if isinstance(module, Elastic):
+                    assert module.weight is module.own_weight is supernet.model.get_parameter(f"{name}.weight")
+                    assert read_in("torch.distributed.fsdp", module)[0] is module.own_weight
+                    assert read_in("trlx", module)[0] is module.own_weight
+    assert all(reader.partition(".")[0] in ("torch", "trl", "liger_kernel", "cut_cross_entropy") for reader in READERS)
+
+
+@pytest.mark.parametrize(("family", "suffix"), FAMILIES)
+def test_computed_weights_are_those_of_the_extracted_layers(family: str, suffix: str) -> None:
+    supernet = SuperTransformer(make(family, suffix), rank=2)
+    for module in supernet.elastic():
+        for b in getattr(module, "lora_B", ()):
+            nn.init.normal_(b, std=0.3)
+    for subnet in subnets_of(family).values():
+        sizes = supernet.layer_sizes(subnet)
+        with supernet.activate(subnet):
+            for name, module in supernet.model.named_modules():
+                if not isinstance(module, Elastic) or 0 in getattr(module, "read_sizes", lambda sizes: ())(sizes):
+                    continue  # a layer that the subnet leaves out
+                plain = module.extract_at(sizes)
+                torch.testing.assert_close(module.computed_weight(), plain.weight, msg=name)
+                if getattr(plain, "bias", None) is not None:
+                    torch.testing.assert_close(module.computed_bias(), plain.bias, msg=name)
+
+
+def test_gradients_go_through_a_computed_weight() -> None:
+    layer, x = elastic(nn.Linear(6, 5)), torch.randn(3, 6)
+    layer(x).square().sum().backward()
+    expected = [layer.lora_A[0].grad, layer.lora_B[0].grad]
+    layer.zero_grad(set_to_none=True)
+    linear(x, layer.computed_weight(), layer.computed_bias()).square().sum().backward()
+    for a, b in zip([layer.lora_A[0].grad, layer.lora_B[0].grad], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_different_sizes_have_no_one_weight() -> None:
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), rank=2)
+    layer = supernet.model.bert.encoder.layer[0].intermediate.dense
+    with supernet.activate_rows([supernet.space.max, supernet.space.min]):
+        with pytest.raises(MLFSError, match=r"each row has a size of its own here, and a weight one"):
+            layer.computed_weight()
+        assert layer.weight is layer.own_weight
