@@ -1,11 +1,14 @@
 """What every elastic layer shares: the parameters of the layer it was made from, and the scope it follows."""
 
 import copy
+import sys
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mlfs.elastic.guard import Guarded
+from mlfs.elastic.readers import multiplies_itself
 from mlfs.elastic.scope import Scope
 from mlfs.elastic.source import check_source, share_hooks
 from mlfs.errors import MLFSError
@@ -30,14 +33,15 @@ class Axes(NamedTuple):
 class Elastic(Guarded):
     """Holds what the elastic layers share: the parameters of the layer they came from, and the subnet they follow.
 
+    `weight` and `bias` are the parameters of the layer it came from (`own_weight`, `own_bias`). Only for code that is
+    known to multiply with them itself instead of calling the layer (`mlfs.elastic.readers`) they are what the layer
+    computes with; anybody else asks for `computed_weight()` and `computed_bias()`.
+
     Attributes:
         owned: whether its own weight and bias belong to the run, as those of a task head or of a norm that trained do,
             and are saved with it.
         is_head: whether it is a head that is new for the task.
     """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
 
     def __init__(self, module: nn.Module, made_for: type[nn.Module] | None = None) -> None:
         check_source(module, made_for)
@@ -59,9 +63,92 @@ class Elastic(Guarded):
         """Says which axes the layer follows."""
         raise NotImplementedError
 
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """The parameter of the layer it was made from, of its full size."""
+        return self._own("weight")  # type: ignore[return-value]
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """The parameter of the layer it was made from, of its full size; None if it has none."""
+        return self._own("bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own weight; for code that multiplies with it itself, what `computed_weight` gives."""
+        return self._given("weight")  # type: ignore[return-value]
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        vars(self)["weight"] = value  # in the parameter's place, as wrappers do that keep parameters elsewhere
+
+    @weight.deleter
+    def weight(self) -> None:
+        del vars(self)["weight"]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, or None; for code that adds it itself, what `computed_bias` gives."""
+        return self._given("bias")
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        vars(self)["bias"] = value
+
+    @bias.deleter
+    def bias(self) -> None:
+        del vars(self)["bias"]
+
+    def computed_weight(self) -> Tensor | None:
+        """Gives the weight that the layer computes with now: the active subnet's slice, trained stages merged in.
+
+        Gradients go through it. Made anew each time, unless it is the layer's own weight; None where there is none.
+
+        Raises:
+            MLFSError: each row of the batch has a size of its own.
+        """
+        return self._computed("weight")
+
+    def computed_bias(self) -> Tensor | None:
+        """Gives the bias that the layer computes with now; otherwise as `computed_weight`."""
+        return self._computed("bias")
+
+    def _given(self, name: str) -> Tensor | None:
+        """What whoever reads the attribute `name` gets."""
+        own = self._own(name)
+        if own is None and name not in self._parameters:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        # torch.compile cannot look at the caller, and has nothing but computations
+        if torch.compiler.is_compiling() or multiplies_itself(sys._getframe(2)):
+            return self._computed(name)
+        return own
+
+    def _own(self, name: str) -> nn.Parameter | None:
+        try:
+            return self._parameters[name]
+        except KeyError:
+            return vars(self).get(name)
+
+    def _computed(self, name: str) -> Tensor | None:
+        """What stands for the parameter `name` now."""
+        own = self._own(name)
+        if own is None:
+            return None
+        sizes = None if self._scope is None else self._scope.sizes
+        if isinstance(sizes, RowSizes):
+            raise MLFSError(f"each row has a size of its own here, and a {name} one: read it inside activate(subnet)")
+        return self._computed_at(name, own, sizes)
+
+    def _computed_at(self, name: str, own: Tensor, sizes: LayerSizes | None) -> Tensor:
+        """What stands for a parameter under `sizes`; None: at the full size."""
+        if sizes is None or not self._extents:
+            return own
+        width = self._extents[0](sizes)
+        return own if width == own.shape[-1] else own[..., :width]
+
     def train_base(self, trains: bool) -> None:
         """Lets the layer's own weight and bias train, or freezes them."""
-        for parameter in (self.weight, self.bias):
+        for parameter in (self.own_weight, self.own_bias):
             if parameter is not None:
                 parameter.requires_grad_(trains)
 

@@ -35,7 +35,7 @@ class ElasticEmbedding(Elastic):
             MLFSError: more features than the table has.
         """
         width = self._size(features, self.embedding_dim, "features")
-        return nn.functional.embedding(ids, self.weight[:, :width], self.padding_idx)
+        return nn.functional.embedding(ids, self.own_weight[:, :width], self.padding_idx)
 
     def axes(self) -> Axes:
         return Axes(None, tuple(OutputPart(size, 0, self.embedding_dim) for size in self._extents))
@@ -53,6 +53,6 @@ class ElasticEmbedding(Elastic):
             MLFSError: more features than the table has.
         """
         width = self._size(features, self.embedding_dim, "features")
-        module = self.plain(weight=self.weight.detach()[:, :width].clone())
+        module = self.plain(weight=self.own_weight.detach()[:, :width].clone())
         module.embedding_dim = width  # type: ignore[assignment]
         return module

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -16,7 +17,7 @@ from mlfs.errors import MLFSError
 
 
 class Guarded(nn.Module):
-    """Raises MLFSError where torch.ao.quantization, torchao or PEFT sets about it."""
+    """Raises MLFSError where torch.ao.quantization, torchao or PEFT sets about it, and finds parameters by name."""
 
     @property
     def qconfig(self) -> None:
@@ -29,13 +30,24 @@ class Guarded(nn.Module):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Gives the modules in this one; torchao walks a model by it."""
-        self._turn_torchao_away(sys._getframe(1).f_globals.get("__name__"))
+        if not torch.compiler.is_compiling():  # which cannot look at the caller
+            self._turn_torchao_away(sys._getframe(1).f_globals.get("__name__"))
         return super().named_children()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Gives all modules in this one and itself; torchao walks a model by it too."""
-        self._turn_torchao_away(sys._getframe(1).f_globals.get("__name__"))
+        if not torch.compiler.is_compiling():
+            self._turn_torchao_away(sys._getframe(1).f_globals.get("__name__"))
         return super().named_modules(*args, **kwargs)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Finds a parameter by its name, as nn.Module does: the layer's own, also where `layer.weight` is another."""
+        path, _, name = target.rpartition(".")
+        try:
+            found = self.get_submodule(path)._parameters.get(name)
+        except AttributeError:
+            found = None
+        return super().get_parameter(target) if found is None else found
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Adds a parameter; torchao's own kinds of tensor have no slices such as are read here."""

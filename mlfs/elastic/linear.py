@@ -50,8 +50,8 @@ class ElasticLinear(Elastic):
             )
         self.rank, self.stages, self.merged_stages = rank, stages if rank else 0, 0
         # Adapters stay in fp32 over a half-precision base: their updates are small.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        like: dict[str, Any] = {"dtype": dtype, "device": self.weight.device}
+        dtype = torch.promote_types(self.own_weight.dtype, torch.float32)
+        like: dict[str, Any] = {"dtype": dtype, "device": self.own_weight.device}
         self.lora_A = nn.ParameterList(
             nn.init.kaiming_uniform_(torch.empty(rank, self.in_features, **like), a=math.sqrt(5))
             for _ in range(self.stages)
@@ -125,23 +125,23 @@ class ElasticLinear(Elastic):
         row_sizes = self._row_sizes()
         if row_sizes is not None and out_features is None:
             return finish(self._apply_to_rows(x, row_sizes), epilogue)
-        weight = self.weight  # once: nn.Module takes longer to find it than an operator's choice takes
+        weight: Any = self._own("weight")
         layer = self._read(weight, self.spans(out_features))
         return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad)
 
     def _apply_to_rows(self, x: Tensor, row_sizes: RowSizes) -> Tensor:
         """Applies the layer to x (rows, ..., N), each row at sizes of its own: (rows, ..., M), zeros off a row's m."""
         grouped = grouped_sliced_linear
-        if self.weight.requires_grad:
+        if self.own_weight.requires_grad:
             grouped = grouped_sliced_linear_reference
         flat = x.reshape(-1, x.shape[-1])  # (rows · tokens, N)
-        layer = self._read(self.weight, [0, self.out_features])
+        layer = self._read(self.own_weight, [0, self.out_features])
         y = grouped(flat, layer, self._groups(x, row_sizes))
         return y.view(*x.shape[:-1], -1)
 
     def reads_now(self) -> LowRankLinear:
         """Gives the layer as it is read under the active subnet, as operators take it."""
-        return self._read(self.weight, self.spans())
+        return self._read(self.own_weight, self.spans())
 
     def _read(self, weight: Tensor, spans: list[int]) -> LowRankLinear:
         matrix = self._merged
@@ -149,14 +149,14 @@ class ElasticLinear(Elastic):
             matrix = weight.t() if self.transposed else weight
         trained = slice(self.merged_stages, self.trained_stages)
         lora_a, lora_b = _values(self.lora_A)[trained], _values(self.lora_B)[trained]
-        return LowRankLinear(matrix, self.bias, lora_a, lora_b, self.scales[trained], spans)
+        return LowRankLinear(matrix, self._own("bias"), lora_a, lora_b, self.scales[trained], spans)
 
     def for_operators(self) -> LowRankLinear | None:
         """Gives the layer as operators of several layers take it, or None where it must be called.
 
         It must be called where its base trains, rows of the batch have sizes of their own, or hooks watch its calls.
         """
-        weight = self.weight
+        weight = self.own_weight
         if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
             return None
         if sees_all_modules():
@@ -211,7 +211,7 @@ class ElasticLinear(Elastic):
         """
         if not 0 <= stages <= self.stages:
             raise MLFSError(f"cannot merge {stages} of {self.stages} stages")
-        if stages and self.weight.requires_grad:
+        if stages and self.own_weight.requires_grad:
             raise MLFSError("the base trains: it cannot be read from a merged copy; freeze it, or do not merge")
         self.merged_stages, self._merged = 0, None
         if stages:
@@ -229,13 +229,30 @@ class ElasticLinear(Elastic):
             columns = self.in_features
         spans = spans or [0, self.out_features]
         pairs = zip(spans[::2], spans[1::2], strict=True)
-        rows = torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(self.weight.device)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        rows = torch.cat([torch.arange(start, start + length) for start, length in pairs]).to(self.own_weight.device)
+        dtype = torch.promote_types(self.own_weight.dtype, torch.float32)
         merged = self._matrix()[:, :columns].index_select(0, rows).to(dtype)  # (rows, columns)
         trained = list(zip(self.lora_A, self.lora_B, self.scales, strict=True))[: self.trained_stages]
         for lora_a, lora_b, scale in trained[:stages]:
             merged = torch.addmm(merged, lora_b.index_select(0, rows), lora_a[:, :columns], alpha=scale)
         return merged
+
+    def _computed_at(self, name: str, own: Tensor, sizes: LayerSizes | None) -> Tensor:
+        spans, columns = [0, self.out_features], self.in_features
+        if sizes is not None:
+            spans, columns = self._spans_of(sizes), self._columns(sizes)
+        whole = spans == [0, self.out_features] and columns == self.in_features
+        if whole and (name == "bias" or not self.trained_stages):
+            return own
+        pairs = list(zip(spans[::2], spans[1::2], strict=True))
+        if name == "bias":
+            return torch.cat([own[start : start + length] for start, length in pairs])
+        if self.trained_stages:
+            matrix = self.merged_weight(None, columns, spans).to(own.dtype)
+        else:
+            parts = [self._matrix()[start : start + length, :columns] for start, length in pairs]
+            matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return matrix.t() if self.transposed else matrix
 
     def extract_at(self, sizes: LayerSizes) -> nn.Module:
         return self._extract(self._spans_of(sizes), self._columns(sizes))
@@ -262,8 +279,8 @@ class ElasticLinear(Elastic):
 
     @torch.no_grad()
     def _extract(self, spans: Sequence[int], columns: int) -> nn.Module:
-        weight = self.merged_weight(None, columns, spans).to(self.weight.dtype)
-        bias: Tensor | None = self.bias
+        weight = self.merged_weight(None, columns, spans).to(self.own_weight.dtype)
+        bias: Tensor | None = self.own_bias
         if bias is not None:
             pairs = zip(spans[::2], spans[1::2], strict=True)
             bias = torch.cat([bias[start : start + length] for start, length in pairs])
@@ -313,7 +330,7 @@ class ElasticLinear(Elastic):
         )
 
     def _matrix(self) -> Tensor:
-        return self.weight.t() if self.transposed else self.weight
+        return self.own_weight.t() if self.transposed else self.own_weight
 
     def _spans_of(self, sizes: LayerSizes) -> list[int]:
         """The rows that `sizes` read: of each fused part the leading ones."""

@@ -23,7 +23,8 @@ class ElasticNorm(Elastic):
 
     def axes(self) -> Axes:
         sizes = self._extents  # one, or none while it follows no subnet
-        width = self.weight.shape[0] if self.weight is not None else 0
+        own = self._own("weight")
+        width = own.shape[0] if own is not None else 0
         return Axes(sizes[0] if sizes else None, tuple(OutputPart(size, 0, width) for size in sizes))
 
     def after(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -36,8 +37,9 @@ class ElasticNorm(Elastic):
         Raises:
             MLFSError: x wider than the norm, or a p that is no probability below 1.
         """
-        if self.weight is not None and x.shape[-1] > self.weight.shape[0]:
-            raise MLFSError(f"input of width {x.shape[-1]}, expected at most {self.weight.shape[0]}")
+        own = self._own("weight")
+        if own is not None and x.shape[-1] > own.shape[0]:
+            raise MLFSError(f"input of width {x.shape[-1]}, expected at most {own.shape[0]}")
         rows = self._row_sizes()
         if rows is None:
             return self._norm(x, residual, p)
@@ -55,7 +57,7 @@ class ElasticNorm(Elastic):
 
     def reads_now(self) -> Norm:
         """Gives the norm as operators take it."""
-        return Norm(self.weight, self.bias, self.eps, self.rms)
+        return Norm(self._own("weight"), self._own("bias"), self.eps, self.rms)
 
     def extract_at(self, sizes: LayerSizes) -> nn.Module:
         return self.extract(self._extents[0](sizes))
@@ -76,7 +78,7 @@ class ElasticNorm(Elastic):
         return module
 
     def _full_width(self) -> int:
-        return self.weight.shape[0]
+        return self.own_weight.shape[0]
 
     def _norm(self, x: Tensor, residual: Tensor | None = None, p: float = 0.0) -> tuple[Tensor, Tensor]:
         return add_norm(x, residual, self.reads_now(), p, statistics=self.statistics)
@@ -120,10 +122,10 @@ class ElasticRMSNorm(ElasticNorm):
 
     def __init__(self, norm: nn.Module, train_base: bool = False) -> None:
         super().__init__(norm)
-        if self.weight is None or self.weight.dim() != 1:
+        if self._own("weight") is None or self.own_weight.dim() != 1:
             raise MLFSError("an RMSNorm needs a weight over the last axis to be made elastic")
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        self.eps: float = torch.finfo(self.weight.dtype).eps if eps is None else eps
+        self.eps: float = torch.finfo(self.own_weight.dtype).eps if eps is None else eps
         self.statistics = None if isinstance(norm, nn.RMSNorm) else torch.float32  # transformers: whatever x is
         self.train_base(train_base)
 

@@ -48,15 +48,15 @@ def _used_numbers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> Iter
             continue
         if isinstance(module, ElasticLinear):
             columns, rows = module.read_sizes(sizes)
-            yield module.weight, rows * columns
-            if module.bias is not None:
-                yield module.bias, rows
+            yield module.own_weight, rows * columns
+            if module.own_bias is not None:
+                yield module.own_bias, rows
         elif isinstance(module, Elastic):
             (part,) = module.axes().outputs
             width = part.size(sizes)
             # of a norm (width,), of an embedding (entries, width)
-            yield module.weight, module.weight.numel() // module.weight.shape[-1] * width
-            if module.bias is not None:
-                yield module.bias, width
+            yield module.own_weight, module.own_weight.numel() // module.own_weight.shape[-1] * width
+            if module.own_bias is not None:
+                yield module.own_bias, width
         elif not isinstance(module, nn.ParameterList):
             yield from ((p, p.numel()) for p in module._parameters.values() if p is not None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
+from mlfs.elastic.guard import Guarded
 from mlfs.elastic.linear import ElasticLinear, train_stage
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.elastic.scope import Scope
@@ -51,7 +52,7 @@ from mlfs.supernet.record import NAME, Record
 from mlfs.supernet.watch import watch_next_optimizer
 
 
-class SuperTransformer(nn.Module):
+class SuperTransformer(Guarded):
     """Makes `model` elastic in place: no weight is copied, every base parameter keeps its storage and is frozen.
 
     Args:
@@ -182,8 +183,7 @@ class SuperTransformer(nn.Module):
             self.space.check(subnet)
             if len(self._layer_sizes) >= 10_000:  # a long run samples without end
                 self._layer_sizes.clear()
-            sizes = self.dimensions.layer_sizes(subnet)
-            self._layer_sizes[subnet] = sizes
+            sizes = self._layer_sizes[subnet] = self.dimensions.layer_sizes(subnet)
         return sizes
 
     # ---- small models out of the large one ------------------------------------------------------------------------
@@ -442,7 +442,7 @@ class SuperTransformer(nn.Module):
 
 def _weight_and_bias(name: str, module: Elastic) -> dict[str, nn.Parameter]:
     """Names the weight and bias of a module of the model, as far as it has them."""
-    both = {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+    both = {f"{name}.weight": module.own_weight, f"{name}.bias": module.own_bias}
     return {key: parameter for key, parameter in both.items() if parameter is not None}
 
 

@@ -53,20 +53,20 @@ def permute(model: nn.Module, permutation: Permutation, dims: Dimensions) -> Non
             for part in axes.outputs:
                 order = permutation.get(unit_axis(part.size))
                 rows[part.start : part.stop] = part.start + _indices(order, part.size, part.stop - part.start, dims)
-            reorder(module.weight, int(module.transposed), rows)
-            reorder(module.bias, 0, rows)
+            reorder(module.own_weight, int(module.transposed), rows)
+            reorder(module.own_bias, 0, rows)
             for b in module.lora_B:
                 reorder(b, 0, rows)
             if axes.input:
                 columns = _indices(permutation.get(unit_axis(axes.input)), axes.input, module.in_features, dims)
-                reorder(module.weight, int(not module.transposed), columns)
+                reorder(module.own_weight, int(not module.transposed), columns)
                 for a in module.lora_A:
                     reorder(a, 1, columns)
         else:
             (part,) = axes.outputs
-            columns = _indices(permutation.get(unit_axis(part.size)), part.size, module.weight.shape[-1], dims)
-            reorder(module.weight, int(isinstance(module, ElasticEmbedding)), columns)
-            reorder(module.bias, 0, columns)
+            columns = _indices(permutation.get(unit_axis(part.size)), part.size, module.own_weight.shape[-1], dims)
+            reorder(module.own_weight, int(isinstance(module, ElasticEmbedding)), columns)
+            reorder(module.own_bias, 0, columns)
 
 
 def compose(first: Permutation, then: Permutation) -> Permutation:

@@ -125,8 +125,8 @@ class SubnetLoss:
         targets = self._task(batch).targets(batch.inputs["labels"])
         sums = head_loss(
             outputs[HEAD_INPUT],
-            head.weight,
-            head.bias,
+            head.own_weight,
+            head.own_bias,
             targets,
             teacher=None if teacher is None else teacher[HEAD_INPUT],
             alpha=self.alpha,

@@ -147,7 +147,7 @@ def test_layers_share_the_storage_of_the_ones_they_replace():
     ]
     for layer, original in pairs:
         for name, parameter in original.named_parameters():
-            assert getattr(layer, name) is parameter
+            assert layer.get_parameter(name) is parameter
     with torch.no_grad():
         linear.weight.zero_(), linear.bias.fill_(3)
     assert torch.equal(pairs[0][0](torch.randn(2, 8)), torch.full((2, 12), 3.0))
@@ -159,7 +159,7 @@ def test_layers_share_the_storage_of_the_ones_they_replace():
 def test_linear_reads_the_leading_slice_of_the_merged_matrix(make, n, m):
     layer = randomized(make().double())
     x = torch.randn(3, 2, n, dtype=torch.float64)
-    matrix = layer.weight.T if layer.transposed else layer.weight
+    matrix = layer.own_weight.T if layer.transposed else layer.own_weight
     for a, b in zip(layer.lora_A, layer.lora_B, strict=True):
         matrix = matrix + 4.0 * b @ a  # alpha 16 over rank 4
     expected = x @ matrix[:m, :n].T
@@ -196,7 +196,7 @@ def test_embedding_trains_only_the_columns_it_read_and_never_the_padding():
     layer(torch.tensor([1, 2, 4]), features=5).sum().backward()
     touched = torch.zeros(9, 8)
     touched[[1, 4], :5] = 1
-    assert torch.equal(layer.weight.grad, touched)
+    assert torch.equal(layer.own_weight.grad, touched)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
@@ -221,10 +221,10 @@ def test_folded_stages_compute_the_same_to_rounding(make, stages):
     layer = randomized(make())
     x = torch.randn(3, 2, 10)
     before = layer(x, 13)
-    base = layer.weight.clone()
+    base = layer.own_weight.clone()
     layer.merge_stages(stages)
     torch.testing.assert_close(layer(x, 13), before, rtol=1e-5, atol=1e-5)
-    assert torch.equal(layer.weight, base)
+    assert torch.equal(layer.own_weight, base)
     assert not any("merged" in key for key in layer.state_dict())
     layer.merge_stages(0)
     assert torch.equal(layer(x, 13), before)
@@ -263,7 +263,7 @@ def test_folding_over_a_half_precision_base_keeps_fp32_updates():
     before = layer(x)
     layer.merge_stages(3)
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(layer.merged_weight(), layer.weight.float())
+    assert not torch.equal(layer.merged_weight(), layer.own_weight.float())
 
 
 def test_layers_move_copy_and_pickle_like_any_module():

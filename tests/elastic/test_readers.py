@@ -11,7 +11,9 @@ from mlfs import MLFSError, SuperTransformer
 from mlfs.elastic import ElasticLayerNorm, ElasticLinear
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.readers import READERS
-from tests.tiny_models import FAMILIES, make, subnets_of
+from tests.supernets import elastic as super_transformer
+from tests.supernets import subnets_of
+from tests.tiny_models import CASES, make
 
 
 def elastic(module: nn.Linear) -> ElasticLinear:
@@ -71,8 +73,8 @@ def read_in(module: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("module", ["trl.trainer.utils", "liger_kernel.transformers.model.llama", "cut_cross_entropy"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt_neox", "gpt_bigcode-mqa"])
 def test_losses_that_multiply_with_the_heads_weight_have_it_at_every_size(module: str, family: str) -> None:
-    suffix = next(suffix for name, suffix in FAMILIES if name == family)
-    supernet = SuperTransformer(make(family, suffix), rank=2).eval()
+    suffix = next(suffix for suffix in CASES[family].classes if suffix.endswith(("ForCausalLM", "LMHeadModel")))
+    supernet = super_transformer(family, suffix)
     ids = torch.randint(3, 40, (2, 6))
     for subnet in subnets_of(family).values():
         with supernet.activate(subnet):
@@ -93,12 +95,9 @@ def test_everybody_else_reads_the_parameter() -> None:
     assert all(reader.partition(".")[0] in ("torch", "trl", "liger_kernel", "cut_cross_entropy") for reader in READERS)
 
 
-@pytest.mark.parametrize(("family", "suffix"), FAMILIES)
+@pytest.mark.parametrize(("family", "suffix"), [(name, case.classes[0]) for name, case in CASES.items()])
 def test_computed_weights_are_those_of_the_extracted_layers(family: str, suffix: str) -> None:
-    supernet = SuperTransformer(make(family, suffix), rank=2)
-    for module in supernet.elastic():
-        for b in getattr(module, "lora_B", ()):
-            nn.init.normal_(b, std=0.3)
+    supernet = super_transformer(family, suffix)
     for subnet in subnets_of(family).values():
         sizes = supernet.layer_sizes(subnet)
         with supernet.activate(subnet):
@@ -128,3 +127,16 @@ def test_rows_of_different_sizes_have_no_one_weight() -> None:
         with pytest.raises(MLFSError, match=r"each row has a size of its own here, and a weight one"):
             layer.computed_weight()
         assert layer.weight is layer.own_weight
+
+
+def test_what_is_compiled_reads_what_the_layer_computes_with() -> None:
+    torch.manual_seed(0)
+    layer, x = elastic(nn.Linear(6, 5)), torch.randn(3, 6)
+    compiled = torch.compile(lambda x: linear(x, layer.weight, layer.bias), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    model, x = encoder_layer(), torch.randn(2, 5, 16)
+    model.linear1 = elastic(model.linear1)
+    expected = model(x)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)

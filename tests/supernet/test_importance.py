@@ -24,10 +24,10 @@ def amplify(supernet: SuperTransformer, axis: str, layer: int | None, unit: int,
         if isinstance(module, ElasticLinear) and (size := module.axes().input):
             if (size.axis, size.layer) == (axis, layer):
                 width = size.unit * (dims.group if axis == "heads" else 1)
-                matrix = module.weight.T if module.transposed else module.weight
+                matrix = module.own_weight.T if module.transposed else module.own_weight
                 matrix.data[:, unit * width : (unit + 1) * width] *= factor
         elif axis == "hidden" and isinstance(module, (ElasticLayerNorm, ElasticRMSNorm)):
-            module.weight.data[unit] *= factor
+            module.own_weight.data[unit] *= factor
 
 
 @every_method
