@@ -27,7 +27,7 @@ def project(x: Tensor, *layers: ElasticLinear, gated: bool = False, returns_inpu
         return linears(x, values, gated, returns_input)
     if gated:
         gate, up = layers
-        ys = [gate(x, activation="silu_mul", operand=up(x))]
+        ys = [gate.followed_by(x, "silu_mul", operand=up(x))]
     else:
         ys = [layer(x) for layer in layers]
     if returns_input:
@@ -62,8 +62,8 @@ def feed_forward(
     if len(ups) > 1:
         (activated,) = project(x, *ups, gated=True)
     else:
-        activated = ups[0](x, activation=activation)
-    y = down(activated, residual=residual)
+        activated = ups[0].followed_by(x, activation)
+    y = down.followed_by(activated, residual=residual)
     return [y, x] if returns_input else [y]
 
 

@@ -15,8 +15,8 @@ from mlfs.errors import MLFSError
 from mlfs.ops.actions import linear as apply_linear
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
-from mlfs.ops.observers import sees_all_modules
-from mlfs.ops.sliced_linear import finish
+from mlfs.ops.observers import have_hooks
+from mlfs.ops.sliced_linear import check_epilogue, finish
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
 
 
@@ -129,6 +129,19 @@ class ElasticLinear(Elastic):
         layer = self._read(weight, self.spans(out_features))
         return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad)
 
+    def followed_by(
+        self, x: Tensor, activation: str = "none", operand: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Calls the layer with what follows it, as `forward` does; hooks of the layer see what the layer itself gives.
+
+        Arguments, result and errors: as of `forward`.
+        """
+        if have_hooks(self):
+            epilogue = Epilogue(activation, operand, residual)
+            check_epilogue(epilogue)
+            return finish(self(x), epilogue)
+        return self(x, activation=activation, operand=operand, residual=residual)  # type: ignore[no-any-return]
+
     def _apply_to_rows(self, x: Tensor, row_sizes: RowSizes) -> Tensor:
         """Applies the layer to x (rows, ..., N), each row at sizes of its own: (rows, ..., M), zeros off a row's m."""
         grouped = grouped_sliced_linear
@@ -157,9 +170,7 @@ class ElasticLinear(Elastic):
         It must be called where its base trains, rows of the batch have sizes of their own, or hooks watch its calls.
         """
         weight = self.own_weight
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
-            return None
-        if sees_all_modules():
+        if have_hooks(self):
             return None
         if weight.requires_grad or self._row_sizes() is not None:
             return None

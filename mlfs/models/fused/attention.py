@@ -46,7 +46,7 @@ def rotary_attention(block: RotaryAttention, own_forward: Forward) -> Forward:
             o, weights = causal_attention(q, k, v, self.scaling, p), None
         else:
             o, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
-        return getattr(self, block.out)(o.flatten(2), residual=residual), weights
+        return getattr(self, block.out).followed_by(o.flatten(2), residual=residual), weights
 
     return forward
 

@@ -18,7 +18,7 @@ from mlfs.models.fused.mlp import drops
 from mlfs.models.fused.registry import GELUS, Activation, registers
 from mlfs.ops.actions import trains_fused
 from mlfs.ops.encoder_layer import EncoderLayer, encoder_layer
-from mlfs.ops.observers import sees_all_modules
+from mlfs.ops.observers import have_hooks
 
 
 @registers(AddNorm, linears=("linear",), norms=("norm",), others=("dropout",))
@@ -27,6 +27,8 @@ def add_norm(block: AddNorm, own_forward: Forward) -> Forward:
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         linear, dropout, norm = (getattr(self, name) for name in (block.linear, block.dropout, block.norm))
+        if have_hooks(dropout, norm):
+            return own_forward(self, hidden_states, input_tensor)
         return _norm_of_sum(linear, dropout, norm, hidden_states, input_tensor)
 
     return forward
@@ -36,14 +38,14 @@ def _norm_of_sum(linear: ElasticLinear, dropout: nn.Dropout, norm: ElasticNorm, 
     """Computes norm(dropout(linear(x)) + residual)."""
     if drops(dropout):
         return norm.after(linear(x), residual, dropout.p)[0]
-    return norm(linear(x, residual=residual))  # added while the product is in registers
+    return norm(linear.followed_by(x, residual=residual))  # added while the product is in registers
 
 
 @registers(PreNorm, norms=("norm", "mlp_norm"), others=("attention", "mlp"))
 def pre_norm(block: PreNorm, own_forward: Forward) -> Forward:
     """Builds s + mlp(mlp_norm(s)) for s = x + attention(norm(x)); both sums are added inside a part or a norm.
 
-    If a norm has hooks, or the layer attends to an encoder, it runs its own forward.
+    If a part has hooks, or the layer attends to an encoder, it runs its own forward.
     """
     parameters = list(inspect.signature(own_forward).parameters.values())[2:]  # after self and hidden_states
     defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
@@ -51,11 +53,11 @@ def pre_norm(block: PreNorm, own_forward: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = defaults | dict(zip(defaults, args, strict=False)) | kwargs
         norm, mlp_norm = getattr(self, block.norm), getattr(self, block.mlp_norm)
+        attention, mlp = getattr(self, block.attention), getattr(self, block.mlp)
         attends_to_encoder = options.pop("encoder_hidden_states", None) is not None
-        if attends_to_encoder or _have_hooks([norm, mlp_norm]):
+        if attends_to_encoder or have_hooks(norm, mlp_norm, attention, mlp):
             return own_forward(self, hidden_states, *args, **kwargs)
         options.pop("encoder_attention_mask", None)
-        attention, mlp = getattr(self, block.attention), getattr(self, block.mlp)
         x, s = norm.after(hidden_states)
         if block.attention_adds:
             s, _ = attention(hidden_states=x, residual=s, **options)
@@ -103,7 +105,7 @@ def post_norm(block: PostNorm, own_forward: Forward, activation: Activation) -> 
     parents = {name.rpartition(".")[0] for name in names}
     parts_of = _getter(names)
     dropouts_of = _getter([getattr(block, role) for role in _DROPOUTS])
-    containers_of = _getter(sorted(parents - {"", *names}))
+    containers_of = _getter(sorted(parents - {"", *names} | {block.activation}))
 
     def forward(
         self: Any,
@@ -117,7 +119,7 @@ def post_norm(block: PostNorm, own_forward: Forward, activation: Activation) -> 
             parts, dropouts = _PostNormParts(*parts_of(self)), dropouts_of(self)
             attends_elsewhere = encoder_hidden_states is not None or kwargs.get("past_key_values") is not None or args
             if (
-                not _have_hooks((*parts, *dropouts, *containers_of(self)))
+                not have_hooks(*parts, *dropouts, *containers_of(self))
                 and attention_function(parts.attention) is not None
                 and not attends_elsewhere
                 and not self.chunk_size_feed_forward
@@ -125,7 +127,7 @@ def post_norm(block: PostNorm, own_forward: Forward, activation: Activation) -> 
                 return _train_post_norm(parts, dropouts, activation.name, hidden_states, attention_mask, kwargs)
         elif not self.training and attention_mask is not None and are_ranges(attention_mask):
             parts = _PostNormParts(*parts_of(self))
-            if not _have_hooks((*parts, *containers_of(self))):
+            if not have_hooks(*parts, *dropouts_of(self), *containers_of(self)):
                 y = encoder_layer(hidden_states, _layer_of(parts, activation.name), attention_mask)
                 if y is not None:
                     return y
@@ -176,18 +178,21 @@ def _layer_of(parts: _PostNormParts, activation: str) -> EncoderLayer:
 
 def _getter(names: Sequence[str]) -> Callable[[nn.Module], tuple[Any, ...]]:
     """Builds a function that returns the submodules of these names, of which there are two or more."""
-    fast = attrgetter(*names)
+    paths = [name.split(".") for name in names]
+    by_attributes = attrgetter(*names)
 
     def get(module: nn.Module) -> tuple[Any, ...]:
         if torch.compiler.is_compiling():  # which cannot trace an attrgetter
             return tuple(module.get_submodule(name) for name in names)
-        return fast(module)
+        found = []
+        try:  # nn.Module's own dictionaries: attributes of it take seven times as long
+            for path in paths:
+                part: Any = module
+                for name in path:
+                    part = part._modules[name]
+                found.append(part)
+        except KeyError:  # a wrapper between, which hands attributes on
+            return by_attributes(module)
+        return tuple(found)
 
     return get
-
-
-def _have_hooks(modules: Sequence[nn.Module]) -> bool:
-    """Tells whether someone watches the calls of a module."""
-    return sees_all_modules() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )

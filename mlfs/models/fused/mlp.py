@@ -9,6 +9,7 @@ from mlfs.models.families.spec import MLP, Activated, GatedMLP
 from mlfs.models.follow import Forward
 from mlfs.models.fused.registry import GATED, GELUS, Activation, registers
 from mlfs.ops.actions import fuses_activations
+from mlfs.ops.observers import have_hooks
 
 
 @registers(Activated, linears=("linear",), activations=GELUS)
@@ -16,7 +17,9 @@ def activated(block: Activated, own_forward: Forward, activation: Activation) ->
     """Builds activation(linear(x)): the activation is computed while the product is in registers."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return getattr(self, block.linear)(hidden_states, activation=activation.name)
+        if have_hooks(getattr(self, block.activation)):
+            return own_forward(self, hidden_states)
+        return getattr(self, block.linear).followed_by(hidden_states, activation.name)
 
     return _where_fused(forward, own_forward) if activation.written_out else forward
 
@@ -28,6 +31,9 @@ def mlp(block: MLP, own_forward: Forward, activation: Activation) -> Forward:
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         up, down = getattr(self, block.up), getattr(self, block.down)
         dropout = getattr(self, block.dropout) if block.dropout else None
+        if have_hooks(getattr(self, block.activation), *filter(None, [dropout])):
+            y = own_forward(self, hidden_states)
+            return y if residual is None else residual + y
         if dropout is None or (residual is not None and not drops(dropout)):
             # nothing comes between product and sum: the residual is added while the product is in registers
             return feed_forward(hidden_states, [up], down, activation.name, residual)[0]
@@ -43,6 +49,9 @@ def gated_mlp(block: GatedMLP, own_forward: Forward, activation: Activation) -> 
     """Builds down(activation(gate(x)) * up(x)), plus `residual` where the layer hands one in."""
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if have_hooks(getattr(self, block.activation)):
+            y = own_forward(self, x)
+            return y if residual is None else residual + y
         gate_and_up = [getattr(self, block.gate), getattr(self, block.up)]
         return feed_forward(x, gate_and_up, getattr(self, block.down), activation.name, residual)[0]
 
