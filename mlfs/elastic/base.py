@@ -13,6 +13,7 @@ from mlfs.elastic.scope import Scope
 from mlfs.elastic.source import check_source, share_hooks
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
+from mlfs.space.subnet import is_int
 
 
 class OutputPart(NamedTuple):
@@ -178,8 +179,8 @@ class Elastic(Guarded):
             if self._scope is None or not self._extents:
                 return full
             return self._extents[0](self._scope.sizes)
-        if not 1 <= asked <= full:
-            raise MLFSError(f"{what}={asked}: expected 1 to {full}")
+        if not is_int(asked) or not 1 <= asked <= full:
+            raise MLFSError(f"{what}={asked!r}: expected 1 to {full}")
         return asked
 
 

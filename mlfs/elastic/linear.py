@@ -18,6 +18,7 @@ from mlfs.ops.layer import NOTHING, Epilogue, LowRankLinear
 from mlfs.ops.observers import have_hooks
 from mlfs.ops.sliced_linear import check_epilogue, finish
 from mlfs.space.dimensions import AxisSize, LayerSizes, RowSizes
+from mlfs.space.subnet import is_int
 
 
 class ElasticLinear(Elastic):
@@ -245,7 +246,9 @@ class ElasticLinear(Elastic):
         merged = self._matrix()[:, :columns].index_select(0, rows).to(dtype)  # (rows, columns)
         trained = list(zip(self.lora_A, self.lora_B, self.scales, strict=True))[: self.trained_stages]
         for lora_a, lora_b, scale in trained[:stages]:
-            merged = torch.addmm(merged, lora_b.index_select(0, rows), lora_a[:, :columns], alpha=scale)
+            # in a model that was moved to bf16, adapters are so, too
+            b, a = lora_b.index_select(0, rows).to(dtype), lora_a[:, :columns].to(dtype)
+            merged = torch.addmm(merged, b, a, alpha=scale)
         return merged
 
     def _computed_at(self, name: str, own: Tensor, sizes: LayerSizes | None) -> Tensor:
@@ -282,8 +285,8 @@ class ElasticLinear(Elastic):
             in_features = self._columns(self._scope.sizes)
         elif in_features is None:
             in_features = self.in_features
-        if not 1 <= in_features <= self.in_features:
-            raise MLFSError(f"in_features={in_features}: expected 1 to {self.in_features}")
+        if not is_int(in_features) or not 1 <= in_features <= self.in_features:
+            raise MLFSError(f"in_features={in_features!r}: expected 1 to {self.in_features}")
         if out_features is not None and len(self._extents) > 1:
             raise MLFSError(f"out_features={out_features}: the layer writes {len(self._extents)} parts; leave it out")
         return self._extract(self.spans(out_features), in_features)

@@ -32,16 +32,31 @@ class Scope:
 
     @contextmanager
     def activate(self, sizes: LayerSizes) -> Iterator[None]:
-        """Makes `sizes` active until the block ends, however it ends; blocks nest."""
+        """Makes `sizes` active until the block ends, however it ends; blocks nest.
+
+        Raises:
+            MLFSError: blocks end in another order than they began; nothing is active after that.
+        """
         token, outer = self._active.set(sizes), self._traced
         self._traced = sizes
         if sizes is not self.default:
             self._has_run_smaller = True
+        in_order = True
         try:
             yield
         finally:
-            self._active.reset(token)
-            self._traced = outer
+            in_order = self._active.get() is sizes
+            if in_order:
+                self._active.reset(token)
+                self._traced = outer
+            else:
+                self._active.set(None)
+                self._traced = self.default
+        if not in_order:
+            raise MLFSError(
+                "blocks of `activate` ended in another order than they began, as generators do that run by turns: "
+                "activate around each call instead, or call `supernet.bound(subnet)`"
+            )
 
     def check_known(self) -> None:
         """Raises MLFSError where checkpointing runs a forward pass again and nothing says at which size.

@@ -59,18 +59,20 @@ def place_of(name: str) -> str:
     if name in SHORT_NAMES or not is_path(name):
         return find_model(name)
     place = Path(name).expanduser()
+    if place.is_file():
+        raise MLFSError(f"{shortened(name)} is a file; expected the folder that the model was saved to, or a Hub name")
     if not place.is_dir():
         raise MLFSError(f"there is no folder {shortened(name)}")
     return str(place)
 
 
 def is_path(name: str) -> bool:
-    """Tells whether a model's name is that of a folder: one that is there, or none that a Hub name could be.
+    """Tells whether a model's name is that of a folder: of what is there, or none that a Hub name could be.
 
     >>> [is_path(name) for name in ("bert-base-uncased", "google/bert", "./bert", "a/b/c", "/models/bert")]
     [False, False, True, True, True]
     """
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None or Path(name).is_dir()
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None or Path(name).exists()
 
 
 def recorded_name(name: str | None) -> str | None:
@@ -141,7 +143,7 @@ def load_base(
     logging.set_verbosity_error()  # a new head is no news: the run brings it
     try:
         return model_class.from_pretrained(place, config=made, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last for weights of other sizes
         first = str(error).strip().splitlines()[0]
         raise MLFSError(f"the base {name!r} cannot be loaded ({first}): {way_out}") from None
     finally:

@@ -2,7 +2,10 @@
 
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any
+
+from torch import nn
 
 from mlfs.errors import MLFSError
 from mlfs.space.subnet import Subnet
@@ -13,8 +16,9 @@ class BoundSubnet:
 
     Made by `SuperTransformer.bound`. It stands for the Hugging Face model: it is called and generates as that does,
     and whatever else it is asked for is the model's; its methods run under the subnet (`save_pretrained` writes the
-    checkpoint of this size). What the model returns itself (`eval()`, `to(device)`) comes back as the bound subnet.
-    Nothing is copied: weights, mode and device are those of the super-transformer.
+    checkpoint of this size), and so do its modules (`bound.bert(...)`, `bound.model.layers[0]`). What the model returns
+    itself (`eval()`, `to(device)`) comes back as the bound subnet. Nothing is copied: weights, mode, device,
+    configuration and state are those of the super-transformer.
 
     Attributes:
         supernet: the super-transformer.
@@ -44,19 +48,64 @@ class BoundSubnet:
             raise AttributeError(name)
         with self.supernet.activate(self.subnet):
             value = getattr(self.supernet.model, name)
-        if not isinstance(value, types.MethodType):
-            return value
-
-        @functools.wraps(value)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            with self.supernet.activate(self.subnet):
-                result = value(*args, **kwargs)
-            return self if result is self.supernet.model else result
-
-        return method
+        return _bound(self, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise MLFSError(f"a bound subnet holds nothing of its own: set {name} on supernet.model, for all sizes")
 
     def __repr__(self) -> str:
         return f"BoundSubnet({self.subnet})"
+
+
+class BoundPart:
+    """Runs a module of the model under a bound subnet; whatever else it is asked for is the module's."""
+
+    def __init__(self, bound: BoundSubnet, module: nn.Module) -> None:
+        self.__dict__.update(bound=bound, module=module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's forward pass under the subnet."""
+        with self.bound.supernet.activate(self.bound.subnet):
+            return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("bound", "module"):
+            raise AttributeError(name)
+        with self.bound.supernet.activate(self.bound.subnet):
+            value = getattr(self.module, name)
+        return _bound(self.bound, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.bound, name, value)
+
+    def __getitem__(self, place: Any) -> Any:
+        return _bound(self.bound, self.module[place])  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_bound(self.bound, part) for part in self.module)  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.module)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True  # whatever its length
+
+    def __repr__(self) -> str:
+        return f"BoundPart({self.bound.subnet}, {type(self.module).__name__})"
+
+
+def _bound(bound: BoundSubnet, value: Any) -> Any:
+    """Binds what can run: modules and their methods; anything else as it is."""
+    if value is bound.supernet.model:
+        return bound
+    if isinstance(value, nn.Module):
+        return BoundPart(bound, value)
+    if not isinstance(value, types.MethodType):
+        return value
+
+    @functools.wraps(value)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with bound.supernet.activate(bound.subnet):
+            return _bound(bound, value(*args, **kwargs))
+
+    return method

@@ -375,7 +375,7 @@ class SuperTransformer(Guarded):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, model: PreTrainedModel | str | None = None, **model_kwargs: Any
+        cls, path: str | Path, model: PreTrainedModel | str | Path | None = None, **model_kwargs: Any
     ) -> "SuperTransformer":
         """Restores what `save_pretrained` wrote, exactly.
 
@@ -388,9 +388,9 @@ class SuperTransformer(Guarded):
             MLFSError: the folder is missing, half-written or changed, or the base is not the one it was trained on.
         """
         state = read_state(Path(path))
-        if isinstance(model, str):
-            state = replace(state, base_name=recorded_name(model), hub_name=None, revision=None)
-        if model is None or isinstance(model, str):
+        if isinstance(model, (str, Path)):
+            state = replace(state, base_name=recorded_name(str(model)), hub_name=None, revision=None)
+        if model is None or isinstance(model, (str, Path)):
             where = (state.base_name, state.revision)
             model = load_base(*where, state.architecture, state.config_of_base, model_kwargs, state.hub_name)
         found = check_whole_base(model, state, path)  # before the conversion: a base that is refused stays as it was

@@ -58,12 +58,20 @@ def test_an_embedding_of_any_width(features):
     assert torch.equal(small(ids), made(ids, features=features))
 
 
-@pytest.mark.parametrize("size", [0, -1, 99])
+@pytest.mark.parametrize("size", [0, -1, 99, 2.5, "3", True])
 def test_sizes_that_are_not_there_are_refused(size):
     made = linear(nn.Linear(9, 12))
     for options, full in (({"out_features": size}, 12), ({"in_features": size}, 9)):
-        with pytest.raises(MLFSError, match=f"{next(iter(options))}={size}: expected 1 to {full}"):
+        with pytest.raises(MLFSError, match=f"{next(iter(options))}={size!r}: expected 1 to {full}"):
             made.extract(**options)
     for layer in (ElasticEmbedding.from_embedding(nn.Embedding(7, 6)), ElasticRMSNorm.from_rms_norm(nn.RMSNorm(6))):
-        with pytest.raises(MLFSError, match=f"features={size}: expected 1 to 6"):
+        with pytest.raises(MLFSError, match=f"features={size!r}: expected 1 to 6"):
             layer.extract(size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_layer_that_was_moved_to_another_type_is_extracted_in_it(dtype):
+    made = linear(nn.Linear(9, 12)).to(dtype)
+    small, x = made.extract(out_features=5, in_features=6), torch.randn(3, 6, dtype=dtype)
+    assert small.weight.dtype == dtype
+    torch.testing.assert_close(small(x), made(x, out_features=5), rtol=2e-2, atol=2e-2)

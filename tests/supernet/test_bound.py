@@ -139,3 +139,49 @@ def test_what_cannot_be_bound_or_set_is_refused():
         supernet.bound("min")
     with pytest.raises(MLFSError, match=r"set mode on supernet\.model, for all sizes"):
         supernet.bound(supernet.space.min).mode = 1
+
+
+@every_family
+def test_its_modules_run_its_size_too(name, suffix):
+    supernet = elastic(name, suffix)
+    subnet = subnets_of(name)["uniform"]
+    bound, small = supernet.bound(subnet), supernet.extract(subnet).eval()
+    ids = inputs("left")["input_ids"]
+    assert distance(bound.base_model(ids).last_hidden_state, small.base_model(ids).last_hidden_state) < 1e-5
+    embedded = bound.get_input_embeddings()(ids)
+    assert torch.equal(embedded, small.get_input_embeddings()(ids))
+    own, plain = bound.get_submodule(supernet.layers_name), bound.base_model
+    assert len(list(own)) == len(own) == len(supernet.layers) and plain
+    linear = next(path for path, m in supernet.layers[0].named_modules() if type(m).__name__ == "ElasticLinear")
+    in_small = small.get_submodule(supernet.layers_name)[0].get_submodule(linear)
+    x = torch.randn(2, getattr(in_small, "in_features", getattr(in_small, "nx", None)))
+    assert distance(own[0].get_submodule(linear)(x), in_small(x)) < 1e-5
+    with pytest.raises(MLFSError, match="holds nothing of its own"):
+        bound.base_model.training = True
+
+
+def test_blocks_that_end_in_another_order_are_refused_and_leave_nothing_active():
+    supernet = elastic("bert", "ForSequenceClassification")
+    full = logits(supernet, supernet.space.max)
+
+    def by_turns(subnet: Subnet) -> Any:
+        for _ in range(2):
+            with supernet.activate(subnet):
+                yield logits_of(supernet(**inputs("left")))
+
+    with pytest.raises(MLFSError, match="ended in another order than they began"), torch.no_grad():
+        list(zip(by_turns(supernet.space.min), by_turns(supernet.space.max), strict=True))
+    assert supernet.active == supernet.space.max
+    with torch.no_grad():
+        assert torch.equal(logits_of(supernet(**inputs("left"))), full)
+
+    outer, inner = supernet.activate(supernet.space.min), supernet.activate(subnets_of("bert")["uniform"])
+    outer.__enter__(), inner.__enter__()
+    with pytest.raises(MLFSError, match="another order"):
+        outer.__exit__(None, None, None)
+    with pytest.raises(MLFSError, match="another order"):
+        inner.__exit__(None, None, None)
+    assert supernet.active == supernet.space.max
+    with pytest.raises(KeyError), supernet.activate(supernet.space.min):
+        raise KeyError
+    assert supernet.active == supernet.space.max

@@ -379,3 +379,17 @@ def test_missing_base_says_what_to_do(tmp_path):
     with pytest.raises(MLFSError, match=r"the base .*gone' cannot be loaded .*: pass it") as raised:
         SuperTransformer.from_pretrained(tmp_path / "run")
     assert "\n" not in str(raised.value)
+
+
+def test_a_base_may_be_given_as_a_path_and_one_of_other_sizes_is_refused_in_one_line(tmp_path):
+    base, narrower = tmp_path / "base", tmp_path / "narrower"
+    model = make("bert", "ForSequenceClassification")
+    model.save_pretrained(base)
+    supernet = elastic("bert", "ForSequenceClassification")
+    supernet.extract(supernet.space.min).save_pretrained(narrower)
+    loaded = SuperTransformer(type(model).from_pretrained(base), rank=2)
+    loaded.save_pretrained(tmp_path / "run")
+    SuperTransformer.from_pretrained(tmp_path / "run", model=base)
+    with pytest.raises(MLFSError, match=r"the base .* cannot be loaded") as raised:
+        SuperTransformer.from_pretrained(tmp_path / "run", model=narrower)
+    assert "\n" not in str(raised.value)
