@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,11 @@ class Elastic(Guarded):
             return own
         width = self._extents[0](sizes)
         return own if width == own.shape[-1] else own[..., :width]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._scope is not None and not self.is_head:
+            self._scope.check_load(state_dict, prefix, args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train_base(self, trains: bool) -> None:
         """Lets the layer's own weight and bias train, or freezes them."""

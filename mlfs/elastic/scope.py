@@ -1,6 +1,6 @@
 """Which subnet is active, for the thread or task that asks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,6 +22,8 @@ class Scope:
         self._active: ContextVar[LayerSizes | None] = ContextVar("mlfs_active", default=None)
         self._traced: LayerSizes = default
         self._has_run_smaller = False
+        self.record: Any = None  # of the super-transformer whose layers these are; a copy of a part has none
+        self._loading: list[str] | None = None
 
     @property
     def sizes(self) -> LayerSizes:
@@ -69,6 +71,25 @@ class Scope:
             raise MLFSError(
                 "checkpointing runs this forward pass again, outside of the block of `activate`, so that its size is "
                 "unknown: run the backward pass inside the block, or checkpoint `supernet.bound(subnet)`"
+            )
+
+    def refresh_record(self) -> None:
+        """Reads what the super-transformer records of its stages, if somebody else has changed it."""
+        if self.record is not None and not torch.compiler.is_compiling():
+            self.record.refresh()
+
+    def begin_load(self, errors: list[str]) -> None:
+        """Notes that the whole model's state is being loaded: the one load whose list of errors is `errors`."""
+        self._loading = errors
+
+    def check_load(self, state: Mapping[str, Any], prefix: str, errors: list[str]) -> None:
+        """Raises MLFSError where `state` has tensors of a layer and is not loaded into the whole model."""
+        if self.record is None or errors is self._loading:
+            return
+        if any(name.startswith(prefix) for name in state):
+            raise MLFSError(
+                "the state of a part does not say what trained and in what order the units are: load the whole model's "
+                "(supernet.load_state_dict), and a plain model's weights before it is made elastic"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

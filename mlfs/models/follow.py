@@ -132,6 +132,8 @@ def _call_or_skip(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     """Runs the layer, or returns its input where the subnet leaves the layer out."""
     scope, _, layer = self._following
     scope.check_known()
+    if layer == 0:  # so that parts that are called on their own have it too
+        scope.refresh_record()
     sizes = scope.sizes
     given = (*args, *kwargs.values())
     if not sizes.keeps(layer):

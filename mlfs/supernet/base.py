@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from mlfs.errors import MLFSError
+from mlfs.models.pretrained import load_base
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, fingerprint
+
+logger = logging.get_logger("transformers.mlfs")
 
 # Fields of a configuration that do not change what a forward pass without dropout computes from the same weights.
 _IDLE = {
@@ -71,6 +75,85 @@ def as_in_base(parameters: Mapping[str, Tensor], model: PreTrainedModel, vocabul
     """Cuts what has a row for each token to the rows that the base had."""
     resized = vocabulary_parameters(model) if vocabulary else {}
     return {name: p[:vocabulary] if name in resized else p for name, p in parameters.items()}
+
+
+def token_ids(config: Mapping[str, Any]) -> dict[str, int]:
+    """Collects the tokens that a configuration names, such as the one for padding."""
+    return {name: i for name, i in config.items() if name.endswith("_token_id") and isinstance(i, int)}
+
+
+def config_of_base(config: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
+    """Makes the configuration that the base's own checkpoint loads under, of that of the model.
+
+    Args:
+        vocabulary: how many tokens the base has; None if it is as many as the model.
+    """
+    if vocabulary is None:
+        return dict(config)
+    beyond = {name: None for name, i in token_ids(config).items() if i >= vocabulary}
+    return {**config, **beyond, "vocab_size": vocabulary}
+
+
+# ---- what is not as it was loaded -----------------------------------------------------------------------------------
+
+
+def changed_parameters(supernet: Any) -> set[str]:
+    """Names the base's parameters that are not as where the base is recorded to come from, and says so in a warning.
+
+    They were changed in memory: adapters were merged, a step was taken, weights that loading drew lost their mark in a
+    copy. Whoever loads the base again would not have them. Units must be in their first order.
+
+    Returns:
+        None of them where there is nothing to compare with: the base has no name, or is not on this machine.
+    """
+    ours = supernet.base_parameters()
+    if (
+        not supernet.base_name
+        or supernet.permutation
+        or any(type(p) is not nn.Parameter or p.is_meta for p in ours.values())
+    ):
+        return set()
+    plain = _base_again(supernet)
+    if plain is None:
+        return set()
+    theirs, new = dict(plain.named_parameters()), new_parameters(plain)
+    resized = vocabulary_parameters(supernet.model) if supernet.base_vocabulary else {}
+    changed = set()
+    for name in ours.keys() & theirs.keys():
+        one, other = ours[name].detach(), theirs[name].detach()
+        if name in resized:
+            count = min(len(one), len(other))
+            one, other = one[:count], other[:count]
+        # in the type of the one at hand: hashes are of what it holds
+        if name in new or one.shape != other.shape or not torch.equal(one.cpu(), other.to(one.dtype)):
+            changed.add(name)
+    if changed:
+        size = sum(ours[name].nbytes for name in changed) / 1e6
+        logger.warning(
+            f"{len(changed)} of {len(ours)} tensors of the base are not as in {supernet.base_name}, so they are saved "
+            f"with the run ({size:.1f} MB): to keep it small, save the changed model to a folder of its own and load "
+            "it from there before SuperTransformer(model)"
+        )
+    return changed
+
+
+def _base_again(supernet: Any) -> PreTrainedModel | None:
+    """Loads the recorded base once more, as a saved run would; None if it is not on this machine."""
+    model = supernet.model
+    config = config_of_base(model.config.to_dict(), supernet.base_vocabulary)
+    revision = getattr(model.config, "_commit_hash", None)
+    options = {"dtype": model.dtype, "local_files_only": True}
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):  # what the checkpoint lacks is drawn
+            name = type(model).__name__
+            return load_base(supernet.base_name, revision, name, config, options, supernet.hub_name).cpu()
+    except Exception:  # whatever is wrong with it: the run does not need it before it is loaded again
+        return None
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 # ---- what is not a parameter ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.files import checksum, hash_file, move_into_place, read_json, temporary_file, write_json
+from mlfs.supernet.base import config_of_base, token_ids
 from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
@@ -82,16 +83,12 @@ class SavedState:
     @property
     def config_of_base(self) -> dict[str, Any]:
         """The configuration that the base's own checkpoint loads under."""
-        count = self.vocabulary
-        if count is None:
-            return self.config
-        return self.config | {name: None for name, i in self.token_ids.items() if i >= count} | {"vocab_size": count}
+        return config_of_base(self.config, self.vocabulary)
 
     @property
     def token_ids(self) -> dict[str, int]:
         """The tokens that the configuration names, such as the one for padding."""
-        named = {name: i for name, i in self.config.items() if name.endswith("_token_id")}
-        return {name: i for name, i in named.items() if isinstance(i, int)}
+        return token_ids(self.config)
 
 
 def write_state(state: SavedState, path: Path) -> None:

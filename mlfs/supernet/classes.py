@@ -9,11 +9,14 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from mlfs.elastic.guard import Guarded, why_no_peft
 from mlfs.errors import MLFSError
+from mlfs.supernet.parallel import share_records
 from mlfs.supernet.record import NAME, Record
+from mlfs.supernet.recorded import show_record
 
 
 class ElasticModel(Guarded):
@@ -52,7 +55,7 @@ class ElasticModel(Guarded):
     def _plain(self, state_dict: Any) -> PreTrainedModel:
         """Makes the plain model of the active subnet, for saving."""
         supernet: Any = vars(self)["_supernet"]
-        self._record().refresh()
+        self._record().look()
         if supernet.has_row_sizes:
             raise MLFSError("rows have sizes of their own here, and a checkpoint one: save inside activate(subnet)")
         if state_dict is not None:
@@ -127,6 +130,7 @@ class ElasticModel(Guarded):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self._record().check(state_dict, prefix)
+        vars(self)["_supernet"]._scope.begin_load(args[-1])
         for name, first in self._record().ties.items():
             if prefix + first in state_dict:
                 state_dict.setdefault(prefix + name, state_dict[prefix + first])
@@ -138,6 +142,10 @@ class ElasticModel(Guarded):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_held, (self._own_class,), vars(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        show_record(vars(self)["_supernet"])
+
 
 def hold(model: PreTrainedModel, supernet: Any) -> None:
     """Makes `model` the one inside of `supernet`: gives it its class, and its record."""
@@ -145,7 +153,8 @@ def hold(model: PreTrainedModel, supernet: Any) -> None:
     model.add_module(NAME, Record(supernet))
     own_class: Any = type(model)
     model.__class__ = _held_class(own_class)
-    # DistributedDataParallel would send the record with every forward pass, and each would then be read again
+    show_record(supernet)
+    # DistributedDataParallel would send the record with every forward pass; it gets it once (mlfs.supernet.parallel)
     ignored = [f"{NAME}.{key}" for key in model._modules[NAME]._buffers]  # type: ignore[union-attr]
     vars(model)["_ddp_params_and_buffers_to_ignore"] = ignored
     vars(supernet)["_ddp_params_and_buffers_to_ignore"] = [f"model.{key}" for key in ignored]
@@ -220,3 +229,6 @@ def _same(ours: torch.Tensor, theirs: Any) -> bool:
     if not isinstance(theirs, torch.Tensor) or ours.shape != theirs.shape:
         return False
     return ours.data_ptr() == theirs.data_ptr() or torch.equal(ours, theirs.to(ours.device, ours.dtype))
+
+
+register_module_module_registration_hook(share_records)

@@ -43,6 +43,16 @@ def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -
     return found
 
 
+def without_owned(found: Fingerprint, state: SavedState) -> Fingerprint:
+    """Leaves out of a base's fingerprint what a saved super-transformer owns, and so brings with it."""
+    owned = set(state.owned)
+    return {
+        name: hashes
+        for name, hashes in found.items()
+        if name in state.fingerprint or not owned & {name, name.rpartition(".")[0]}
+    }
+
+
 def load_parameters(supernet: Any, state: SavedState, place: object) -> None:
     """Copies saved parameters into the super-transformer's own.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
-from mlfs.elastic.guard import Guarded
 from mlfs.elastic.linear import ElasticLinear, train_stage
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.elastic.scope import Scope
@@ -24,7 +23,6 @@ from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import (
-    as_in_base,
     check_config,
     check_constants,
     constants,
@@ -37,9 +35,9 @@ from mlfs.supernet.checkpoint import SavedState, read_state, write_state
 from mlfs.supernet.classes import hold, show_signature
 from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
-from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
+from mlfs.supernet.fingerprint import Fingerprint, check_base
 from mlfs.supernet.importance import Method, Scores, importance
-from mlfs.supernet.loading import check_whole_base, load_parameters
+from mlfs.supernet.loading import check_whole_base, load_parameters, without_owned
 from mlfs.supernet.permutation import (
     Permutation,
     check_permutation,
@@ -48,11 +46,12 @@ from mlfs.supernet.permutation import (
     permutation_of,
     permute,
 )
-from mlfs.supernet.record import NAME, Record
+from mlfs.supernet.recorded import Recorded, reads_record_first
 from mlfs.supernet.watch import watch_next_optimizer
 
 
-class SuperTransformer(Guarded):
+@reads_record_first
+class SuperTransformer(Recorded):
     """Makes `model` elastic in place: no weight is copied, every base parameter keeps its storage and is frozen.
 
     Args:
@@ -324,22 +323,6 @@ class SuperTransformer(Guarded):
         heads = (_weight_and_bias(name, m) for name, m in modules if isinstance(m, Elastic) and m.is_head)
         return {name for head in heads for name in head}
 
-    def fingerprint(self) -> Fingerprint:
-        """Hashes each base parameter as it was loaded, in fp32, bf16 and fp16: once, before anything is reordered."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(as_in_base(self.base_parameters(), self.model, self.base_vocabulary))
-        return self._fingerprint
-
-    @property
-    def record(self) -> Record:
-        """What a state dict says of the run beside its tensors."""
-        return self.model.get_submodule(NAME)  # type: ignore[return-value]
-
-    @property
-    def trained_stages(self) -> int:
-        """How many stages have ever trained; later ones have no effect yet."""
-        return max((m.trained_stages for m in self.elastic() if isinstance(m, ElasticLinear)), default=0)
-
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -351,13 +334,12 @@ class SuperTransformer(Guarded):
         Raises:
             MLFSError: `path` is a file, or cannot be written.
         """
-        self.record.refresh()
-        config = self.model.config
+        found, config = self.fingerprint(), self.model.config
         state = SavedState(
             base_name=self.base_name,
             hub_name=self.hub_name,
             revision=getattr(config, "_commit_hash", None),
-            fingerprint=self.fingerprint(),
+            fingerprint=found,
             constants=self.base_constants,
             vocabulary=self.base_vocabulary,
             architecture=type(self.model).__name__,
@@ -417,12 +399,14 @@ class SuperTransformer(Guarded):
         own = {"space": self.space.to_dict(), "rank": self.rank, "stages": self.stages, "alpha": self.alpha}
         if odd := [key for key in own if saved[key] != own[key]]:
             raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
-        check_base(self.fingerprint(), state.fingerprint, self.model.dtype, state.base_name, path)
+        found = without_owned(self.fingerprint(), state)
+        check_base(found, state.fingerprint, self.model.dtype, state.base_name, path)
         check_config(self.model.config.to_dict(), state.config, path)
         check_constants(self.base_constants, state.constants, self.model.dtype, path)
         if state.permutation != self.permutation:
             self.apply_permutation(difference(self.permutation, state.permutation))
             self.permutation = state.permutation
+        self._fingerprint = found
         load_parameters(self, state, path)
 
     def owned_modules(self) -> Iterator[str]:

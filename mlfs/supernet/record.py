@@ -4,12 +4,14 @@ Whoever carries a model by its state (torch.save, safetensors, accelerate, FSDP,
 weights) carries tensors, and these are some: persistent buffers of one size for one model, whatever has trained.
 
 What is in them lives in the super-transformer as plain values, which is what runs read. `write` brings the buffers up
-to date, `read` the values; `refresh` reads when somebody else has changed the buffers, in place too.
+to date, `read` the values; `refresh` and `look` read when somebody else has changed the buffers, in place too.
 """
 
+import ctypes
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,9 +67,13 @@ class Record(nn.Module):
     ties: dict[str, str]
     _seen: Tensor
     _seen_version: int | None
+    _seen_memory: bytes | None
+    _seen_values: bytes
+    _is_busy: bool
 
     def __init__(self, supernet: Any) -> None:
         super().__init__()
+        self.__dict__["_is_busy"] = False
         self.__dict__["_supernet"] = supernet  # in the dictionary: the super-transformer is no part of its record
         self.__dict__["_names"], self.__dict__["ties"] = _names(supernet.model)
         dims, count = supernet.dimensions, len(self._names)
@@ -95,6 +101,10 @@ class Record(nn.Module):
     @torch.no_grad()
     def write(self) -> None:
         """Brings the buffers up to date with the super-transformer."""
+        with self._alone():
+            self._write()
+
+    def _write(self) -> None:
         supernet = self._supernet
         owned = {f"{name}.{key}" for name in supernet.owned_modules() for key in ("weight", "bias")}
         # Of a base that is as it was loaded they can be computed: equal models then have equal states.
@@ -119,10 +129,43 @@ class Record(nn.Module):
         self._note()
 
     def refresh(self) -> None:
-        """Reads the buffers if they are not as they were last written or read."""
-        buffer = self._buffers["trained_stages"]
-        if buffer is not self._seen or (not buffer.is_inference() and buffer._version != self._seen_version):  # type: ignore[union-attr]
+        """Reads the buffers if what trained is not as it was last written or read: before each forward pass.
+
+        Which asks for nothing else. On GPUs, where to compare numbers is to wait, the version alone tells, and it does
+        not tell of writes through `.data`.
+        """
+        buffer: Any = self._buffers["trained_stages"]
+        if (
+            buffer is not self._seen
+            or (not buffer.is_inference() and buffer._version != self._seen_version)
+            or (self._seen_memory is not None and _memory_of(buffer) != self._seen_memory)
+        ):
+            self.look()
+
+    def look(self) -> None:
+        """Reads the buffers if any number in them is not as it was last written or read."""
+        if self._is_busy or self.trained_stages.is_meta:
+            return
+        if _bytes_of(self._buffers.values()) == self._seen_values:
+            self._note()
+        else:
             self.read()
+
+    def count_effects(self) -> None:
+        """Counts the stages that have an effect as trained: parameters alone, which say no more, may have been copied.
+
+        Shards are passed over: all processes would have to look together.
+        """
+        if self._is_busy:
+            return
+        layers = [m for m in self._supernet.model.modules() if isinstance(m, ElasticLinear) and m.stages]
+        found = _trained_stages(self._supernet)
+        for stage in range(self._supernet.stages, found, -1):
+            if any(_has_effect(layer.lora_B[stage - 1]) for layer in layers if stage <= layer.stages):
+                for layer in layers:
+                    layer.trained_stages = max(layer.trained_stages, min(stage, layer.stages))
+                self.write()
+                return
 
     def read(self) -> None:
         """Brings the super-transformer up to date with the buffers.
@@ -132,6 +175,10 @@ class Record(nn.Module):
         """
         if self.trained_stages.is_meta:
             return
+        with self._alone():
+            self._read()
+
+    def _read(self) -> None:
         supernet = self._supernet
         permutation = self._permutation()
         trained = math.ceil(self.trained_stages.item() - _ROUNDING)
@@ -182,7 +229,7 @@ class Record(nn.Module):
             )
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self.refresh()
+        self.look()
         self.write()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -211,11 +258,22 @@ class Record(nn.Module):
         if buffer.is_meta or buffer.tolist() != value:
             buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps what is asked of the super-transformer inside the block from reading buffers that are half written."""
+        self.__dict__["_is_busy"], outer = True, self._is_busy
+        try:
+            yield
+        finally:
+            self.__dict__["_is_busy"] = outer
+
     def _note(self) -> None:
-        """Notes what the buffers are, for `refresh`."""
+        """Notes what the buffers are, for `refresh` and `look`."""
         buffer = self.trained_stages
         self.__dict__["_seen"] = buffer
         self.__dict__["_seen_version"] = None if buffer.is_inference() else buffer._version
+        self.__dict__["_seen_memory"] = _memory_of(buffer) if _is_plain(buffer) else None
+        self.__dict__["_seen_values"] = _bytes_of(self._buffers.values())
 
     def _permutation(self) -> Permutation:
         """Reads the order of the units; axes in their first order are left out."""
@@ -257,6 +315,29 @@ def _names(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 def _settings(supernet: Any) -> tuple[Any, ...]:
     return supernet.space.to_dict(), supernet.rank, supernet.stages, float(supernet.alpha)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers lie in this process's memory one after the other."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _memory_of(tensor: Tensor) -> bytes:
+    """Copies the memory of a plain tensor: past torch, whose modes for tracing and counting would see an operator."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def _bytes_of(tensors: Iterable[Tensor | None]) -> bytes:
+    """Gives the numbers in all tensors; those of a GPU come in one copy."""
+    present = [tensor.detach() for tensor in tensors if tensor is not None and not tensor.is_meta]
+    if not all(_is_plain(tensor) for tensor in present):
+        flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in present]
+        present = [torch.cat(flat).cpu()]
+    return b"".join(_memory_of(tensor) for tensor in present)
+
+
+def _has_effect(lora_b: Tensor) -> bool:
+    return type(lora_b) is nn.Parameter and not lora_b.is_meta and bool(lora_b.detach().any())
 
 
 def _digest(value: Any) -> bytes:

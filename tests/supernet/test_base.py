@@ -1,20 +1,25 @@
 """What a base brought with it: weights that loading drew belong to the run, and what else computes is checked."""
 
+import copy
 import hashlib
 import json
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
 
 from mlfs import MLFSError, SuperTransformer
 from mlfs.elastic.base import Elastic
+from mlfs.supernet import base
 from tests.helpers.runs import exportable, load, logits, same_tensors, stored
 from tests.supernets import distance, elastic, perturb, space_of, subnets_of
-from tests.tiny_models import CASES, inputs, logits_of, make
+from tests.tiny_models import CASES, VOCABULARY, inputs, logits_of, make
 
 # What a checkpoint was saved from, and what it is loaded as: each lacks weights beside a task's head.
 LACKING = [
@@ -187,3 +192,102 @@ def test_a_run_of_format_2_loads_as_it_was(saved):
     assert torch.equal(logits(twin), logits(supernet))
     twin.save_pretrained(folder)
     assert json.loads(path.read_text())["format"] == 3 and json.loads(path.read_text())["base"]["constants"]
+
+
+# ---- a base that was changed in memory --------------------------------------------------------------------------
+
+
+def _merged(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """What PEFT trained, merged into the query and value projections."""
+    options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query", "value"]}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for module in wrapped.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+    return wrapped.merge_and_unload()
+
+
+def _one_step(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**inputs(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    optimizer.step()
+    return model
+
+
+def _one_tensor(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    model.bert.pooler.dense.weight.data.mul_(2)
+    return model
+
+
+CHANGES = {"merged adapters": (_merged, "8"), "one step": (_one_step, r"6\d|7\d"), "one tensor": (_one_tensor, "1")}
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What is said in warnings."""
+    lines: list[str] = []
+    monkeypatch.setattr(base.logger, "warning", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("orders", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_in_memory_before_the_conversion_is_saved_with_the_run(change, orders, said, tmp_path):
+    make("bert", "ForSequenceClassification").save_pretrained(tmp_path / "base")
+    act, count = CHANGES[change]
+    changed = act(from_folder("bert", "ForSequenceClassification", tmp_path / "base"))
+    supernet = perturb(SuperTransformer(copy.deepcopy(changed), space_of("bert"), rank=4)).eval()
+    state = torch.get_rng_state()
+    if orders:
+        supernet.order("magnitude")
+    supernet.save_pretrained(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state), "comparing draws nothing"
+    supernet.save_pretrained(tmp_path / "run")
+    (line,) = said
+    assert "MB" in line and "save the changed model to a folder" in line and "\n" not in line
+    assert re.match(rf"({count}) of 71 tensors of the base ", line)
+    twins = [SuperTransformer.from_pretrained(tmp_path / "run", model=m).eval() for m in (None, copy.deepcopy(changed))]
+    for model in (changed, from_folder("bert", "ForSequenceClassification", tmp_path / "base")):
+        twins.append(SuperTransformer(copy.deepcopy(model), space_of("bert"), rank=4).eval())
+        twins[-1].restore(tmp_path / "run")
+        twins.append(SuperTransformer(copy.deepcopy(model), space_of("bert"), rank=4).eval())
+        twins[-1].load_state_dict(supernet.state_dict())
+    for i, twin in enumerate(twins):
+        for subnet in list(subnets_of("bert").values())[:4]:
+            assert torch.equal(logits(twin, subnet), logits(supernet, subnet))
+        twin.save_pretrained(tmp_path / f"again{i}")
+        again = SuperTransformer.from_pretrained(tmp_path / f"again{i}").eval()
+        assert torch.equal(logits(again), logits(supernet))
+
+
+def test_drawn_weights_that_lost_their_mark_in_a_copy_belong_to_the_run(said, tmp_path):
+    make("bert", "ForMaskedLM").save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = from_folder("bert", "ForSequenceClassification", tmp_path / "base")
+    for carried in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        supernet = perturb(SuperTransformer(carried, space_of("bert"), rank=4)).eval()
+        torch.manual_seed(0)  # as when the base was loaded: what is drawn is the same once more
+        supernet.save_pretrained(tmp_path / "run")
+        assert supernet.new_parameters == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+        twin = SuperTransformer.from_pretrained(tmp_path / "run").eval()
+        assert torch.equal(logits(twin), logits(supernet))
+
+
+@pytest.mark.parametrize("name", ["", "an/unknown-name", "/no/such/folder"])
+def test_a_base_that_is_nowhere_to_be_found_counts_as_it_is(name, said, tmp_path):
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space_of("bert"), rank=4, base_name=name)
+    supernet.save_pretrained(tmp_path)
+    assert supernet.new_parameters == set() and said == []
+    assert torch.equal(logits(load(tmp_path)), logits(supernet.eval()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_base_as_it_was_loaded_brings_nothing_more_into_the_run(dtype, extra, said, tmp_path):
+    make("llama-tied", "ForCausalLM").save_pretrained(tmp_path / "base")
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    if extra:
+        model.resize_token_embeddings(VOCABULARY + extra)
+    supernet = SuperTransformer(model, space_of("llama-tied"), rank=4)
+    supernet.save_pretrained(tmp_path / "run")
+    assert supernet.new_parameters == set() and said == []
