@@ -96,8 +96,8 @@ def test_order_makes_small_subnets_of_a_model_with_unimportant_units_better():
     for block in model.model.layers:
         idle = torch.randperm(40, generator=generator)[:16]
         block.mlp.down_proj.weight.data[:, idle] = 0
-        block.mlp.up_proj.own_weight.data[idle] *= 0.1
-        block.mlp.gate_proj.own_weight.data[idle] *= 0.1
+        block.mlp.up_proj.weight.data[idle] *= 0.1
+        block.mlp.gate_proj.weight.data[idle] *= 0.1
     supernet = SuperTransformer(model, space_of("llama"), rank=2)
     whole = active(supernet)
     narrow = Subnet(48, 6, 24, (0, 1, 2, 3))
