@@ -107,11 +107,8 @@ def changed_parameters(supernet: Any) -> set[str]:
         None of them where there is nothing to compare with: the base has no name, or is not on this machine.
     """
     ours = supernet.base_parameters()
-    if (
-        not supernet.base_name
-        or supernet.permutation
-        or any(type(p) is not nn.Parameter or p.is_meta for p in ours.values())
-    ):
+    is_whole = all(type(p) is nn.Parameter and not p.is_meta for p in ours.values())  # no shards
+    if not supernet.base_name or supernet.permutation or not is_whole:
         return set()
     plain = _base_again(supernet)
     if plain is None:
