@@ -23,6 +23,7 @@ def backends() -> dict[str, str]:
         built_for = read_record().get("torch", "this PyTorch")
         found["cpp"] = f"active: {cpp().instructions()} instructions, compiled for PyTorch {built_for}"
     found["reference"] += ": plain PyTorch"
+    found["autograd"] = "when forced: plain PyTorch without operators of ours, which has gradients of gradients"
     return found
 
 

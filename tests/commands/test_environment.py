@@ -24,7 +24,7 @@ def test_it_names_versions_backends_and_what_runs_each_kind_of_tensor(capsys, mo
     found = json.loads(env(capsys, "--json"))
     assert found["versions"]["torch"] == torch.__version__ and found["processor"]
     assert found["variables"]["MLFS_TUNE"] == "0"
-    assert found["backends"].keys() == {"reference", "triton", "cpp"}
+    assert found["backends"].keys() == {"reference", "autograd", "triton", "cpp"}
     compiled = cpp.why_no_cpp() is None
     assert found["backends"]["cpp"].startswith("active: " if compiled else "not active: ")
     assert found["runs"]["float32 on cpu"] == ("cpp" if compiled else "reference")
