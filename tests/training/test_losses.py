@@ -28,14 +28,14 @@ def states(width: int, seed: int) -> tuple[Tensor, ...]:
 
 def outputs_of(width: int, seed: int, head: Any) -> dict[str, Any]:
     hidden_states = states(width, seed)
-    logits = torch.nn.functional.linear(hidden_states[-1], head.weight[:, :width], head.bias)
+    logits = torch.nn.functional.linear(hidden_states[-1], head.own_weight[:, :width], head.own_bias)
     return {"logits": logits, "hidden_states": hidden_states, HEAD_INPUT: hidden_states[-1]}
 
 
 def head_of(seed: int = 7) -> Any:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
-    return SimpleNamespace(weight=weight, bias=weight[:, 0].clone())
+    return SimpleNamespace(own_weight=weight, own_bias=weight[:, 0].clone())
 
 
 def loss_of(task: Any, beta: float = 0.3, temperature: float = 2.0) -> SubnetLoss:
