@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.elastic.guard import Guarded
-from mlfs.elastic.readers import multiplies_itself
+from mlfs.elastic.readers import multiplies_itself, tell_of_the_parameter
 from mlfs.elastic.scope import Scope
 from mlfs.elastic.source import check_source, share_hooks
 from mlfs.errors import MLFSError
@@ -120,9 +120,15 @@ class Elastic(Guarded):
         if own is None and name not in self._parameters:
             raise AttributeError(f"{type(self).__name__} has no {name}")
         # torch.compile cannot look at the caller, and has nothing but computations
-        if torch.compiler.is_compiling() or multiplies_itself(sys._getframe(2)):
+        if torch.compiler.is_compiling() or multiplies_itself(reader := sys._getframe(2)):
             return self._computed(name)
+        if own is not None and self._computes_with_another(name):
+            tell_of_the_parameter(reader, type(self).__name__, name)
         return own
+
+    def _computes_with_another(self, name: str) -> bool:
+        """Tells whether what stands for the parameter `name` now is not the parameter."""
+        return self._scope is not None and self._scope.sizes is not self._scope.default
 
     def _own(self, name: str) -> nn.Parameter | None:
         try:

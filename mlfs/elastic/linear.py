@@ -251,6 +251,9 @@ class ElasticLinear(Elastic):
             merged = torch.addmm(merged, b, a, alpha=scale)
         return merged
 
+    def _computes_with_another(self, name: str) -> bool:
+        return super()._computes_with_another(name) or (name == "weight" and self.trained_stages > 0)
+
     def _computed_at(self, name: str, own: Tensor, sizes: LayerSizes | None) -> Tensor:
         spans, columns = [0, self.out_features], self.in_features
         if sizes is not None:

@@ -1,6 +1,7 @@
 """Who multiplies with a layer's weight itself reads what the layer computes with; everybody else the parameter."""
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,25 @@ def test_everybody_else_reads_the_parameter() -> None:
                     assert read_in("torch.distributed.fsdp", module)[0] is module.own_weight
                     assert read_in("trlx", module)[0] is module.own_weight
     assert all(reader.partition(".")[0] in ("torch", "trl", "liger_kernel", "cut_cross_entropy") for reader in READERS)
+
+
+def test_code_that_may_multiply_with_the_parameter_is_told_once_where_it_reads() -> None:
+    layer = elastic(nn.Linear(6, 5))
+    with pytest.warns(UserWarning, match=r"take computed_weight\(\)") as told:
+        for _ in range(3):
+            read_in("somebody.losses", layer)
+    assert {warning.filename for warning in told} == {"<string>"}  # where it is read
+    supernet = SuperTransformer(make("llama", "ForCausalLM"), rank=2)
+    head = supernet.get_output_embeddings()
+    with supernet.activate(supernet.space.min), pytest.warns(UserWarning, match=r"take computed_weight\(\)"):
+        assert read_in("somebody.losses", head)[0] is head.own_weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_in("somebody.losses", head)  # of the full size, without stages
+        read_in("somebody.losses", ElasticLinear.from_linear(nn.Linear(6, 5), rank=0))
+        for known in ("torch.distributed.fsdp", "accelerate.utils.modeling", "transformers.modeling_utils", "trl.x"):
+            read_in(known, layer)
+        assert layer.own_weight is layer.get_parameter("weight")
 
 
 @pytest.mark.parametrize(("family", "suffix"), [(name, case.classes[0]) for name, case in CASES.items()])
