@@ -30,9 +30,10 @@ class ModelArguments:
     space: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [counts or lists]}; "
-            "largest first. Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
-            "all layers and every other one."
+            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [...]}; largest first. "
+            "Layers are numbers of layers, which ones is then measured (order_layers), or lists of indices. "
+            "Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
+            "all and half of the layers."
         },
     )
     per_layer: bool = field(default=False, metadata={"help": "Draw heads and feed-forward sizes anew for each layer."})

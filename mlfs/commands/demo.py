@@ -29,7 +29,7 @@ from mlfs.data.tokens import tokenize
 from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
-from mlfs.space.search_space import SearchSpace, evenly_spaced
+from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.checkpoint import CONFIG_NAME
 from mlfs.supernet.folders import make_folder, run_around
 from mlfs.supernet.model import SuperTransformer
@@ -105,8 +105,8 @@ def decoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
     sets = tokenize(prepare(train.select_columns(["text"]), validation.select_columns(["text"]), data), tokenizer, data)
     model = AutoModelForCausalLM.from_pretrained(find_model(SMOLLM2), dtype=torch.float32)
     dims = (model.config.hidden_size, model.config.num_attention_heads, model.config.intermediate_size)
-    depths = tuple(evenly_spaced(model.config.num_hidden_layers, kept) for kept in (30, 22))
-    supernet = SuperTransformer(model, SearchSpace(dims[:1], dims[1:2], (dims[2], 1152), depths), base_name=SMOLLM2)
+    space = SearchSpace(dims[:1], dims[1:2], (dims[2], 1152), layers=(30, 22))
+    supernet = SuperTransformer(model, space, base_name=SMOLLM2)
     calibration = torch.utils.data.DataLoader(sets["train"].select(range(32)), 4, collate_fn=default_data_collator)
     supernet.order("gradient", calibration)
     chosen = supernet.space.min

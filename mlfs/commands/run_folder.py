@@ -57,16 +57,14 @@ def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) 
     """
     if text.lstrip().startswith("{"):
         subnet = Subnet.from_json(text)
-        supernet.space.check(subnet)
-        return subnet
+        return supernet.layer_sizes(subnet).subnet
     if text in ("max", "min"):
         return getattr(supernet.space, text)  # type: ignore[no-any-return]
     named = supernet.space.palette()
     if run is not None:
         named |= _palette_of(run)
     if text in named:
-        supernet.space.check(named[text])
-        return named[text]
+        return supernet.layer_sizes(named[text]).subnet
     raise MLFSError(
         f"subnet {text!r}: expected one of {', '.join(named)}, or JSON such as {supernet.space.min.to_json()}"
     )

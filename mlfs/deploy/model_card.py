@@ -25,7 +25,7 @@ tags: [mlfs]
 
 # {base}, {subnet}
 
-A sub-network of {base}: {len(subnet.layers)} of {supernet.dimensions.layers} layers, hidden size {subnet.hidden},
+A sub-network of {base}: {subnet.depth} of {supernet.dimensions.layers} layers, hidden size {subnet.hidden},
 {subnet.heads} heads, feed-forward size {subnet.ffn}; {count / 1e6:.1f} million of {full / 1e6:.1f} million parameters.
 It was trained with mlfs (Multistage Low-rank Fine-tuning of Super-transformers, arXiv 2404.01353) and has its low-rank
 updates merged. It is an ordinary transformers checkpoint:
@@ -37,5 +37,5 @@ model = {auto}.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
-Subnet: `{subnet.to_json()}`
+Subnet: `{subnet.to_json()}`; layers of {base}: {", ".join(map(str, supernet.kept_layers(subnet)))}.
 """

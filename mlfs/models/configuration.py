@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from mlfs.models.families.spec import Embedding, Family, LayerNorm, RMSNorm
-from mlfs.space.dimensions import Dimensions
+from mlfs.space.dimensions import Dimensions, LayerSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 
@@ -39,7 +39,7 @@ def nearest_exportable(subnet: Subnet, space: SearchSpace, family: Family, dims:
     def distance(other: Subnet) -> float:
         gap = abs(other.hidden / subnet.hidden - 1)
         for axis in ("heads", "ffn"):
-            mean = sum(subnet.per_layer(axis)) / len(subnet.layers)
+            mean = sum(subnet.per_layer(axis)) / subnet.depth
             gap += abs(other.per_layer(axis)[0] / mean - 1)
         return gap
 
@@ -48,12 +48,12 @@ def nearest_exportable(subnet: Subnet, space: SearchSpace, family: Family, dims:
     return min(exportable, key=distance, default=None)
 
 
-def small_config(config: Any, subnet: Subnet, family: Family, dims: Dimensions) -> Any:
+def small_config(config: Any, sizes: LayerSizes, family: Family, dims: Dimensions) -> Any:
     """Makes the configuration of the extracted model.
 
     Where a subnet's layers differ, which no configuration can state, it has the sizes of the largest.
     """
-    small = copy.deepcopy(config)
+    small, subnet = copy.deepcopy(config), sizes.subnet
     heads = max(subnet.per_layer("heads"))
     small.hidden_size = subnet.hidden
     small.num_attention_heads = heads
@@ -62,9 +62,9 @@ def small_config(config: Any, subnet: Subnet, family: Family, dims: Dimensions) 
     if family.head_dim_field:
         small.head_dim = dims.head_dim
     setattr(small, family.ffn_field, max(subnet.per_layer("ffn")))
-    small.num_hidden_layers = len(subnet.layers)
+    small.num_hidden_layers = subnet.depth
     if getattr(config, "layer_types", None):
-        small.layer_types = [config.layer_types[i] for i in subnet.layers]
+        small.layer_types = [config.layer_types[i] for i in sizes.layers]
     return small
 
 

@@ -34,11 +34,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def results_table(rows: list[dict[str, Any]]) -> str:
-    """Shows the subnet (hidden/heads/ffn/layers), parameters, size on disk, latency of a batch, and the metrics."""
+    """Shows the subnet (hidden/heads/ffn/layers), parameters, size on disk, latency of a batch, and the metrics; and
+    under them which layers each depth keeps."""
     left_out = {"sizes", "runtime", "samples_per_second", "steps_per_second"}
     first = ["name", "subnet", "parameters", "bytes", "latency"]
     ordered = []
     for row in rows:
         keys = [key for key in first if key in row] + [key for key in row if key not in {*first, *left_out}]
         ordered.append({key: row[key] for key in keys})
-    return table(ordered)
+    return "\n".join([table(ordered), *_kept_layers(rows)])
+
+
+def _kept_layers(rows: list[dict[str, Any]]) -> list[str]:
+    """Says which layers each depth below the largest keeps, where the rows tell, a line each."""
+    kept = {tuple(row["sizes"]["layers"]) for row in rows if row.get("sizes")}
+    depths = sorted(kept, key=len, reverse=True)[1:]
+    return [f"{len(layers)} layer{'s' * (len(layers) > 1)}: {', '.join(map(str, layers))}" for layers in depths]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from mlfs.errors import MLFSError
 from mlfs.space.search_space import SearchSpace, evenly_spaced
@@ -38,11 +39,12 @@ class Dimensions:
 
     def check(self, space: SearchSpace) -> None:
         """Raises MLFSError unless `space` starts at these sizes and its heads come in whole groups."""
-        full = Subnet(self.hidden, self.heads, self.ffn, tuple(range(self.layers)))
+        layers: Any = self.layers if space.counts_layers else tuple(range(self.layers))
+        full = Subnet(self.hidden, self.heads, self.ffn, layers)
         for axis in ("hidden", "heads", "ffn", "layers"):
             first, size = getattr(space.max, axis), getattr(full, axis)
             if first != size:
-                too_large = axis != "layers" and first > size
+                too_large = isinstance(first, int) and first > size
                 why = "is larger than the model" if too_large else "does not start at the full model"
                 raise MLFSError(f"the space's {axis} {why}: its first choice is {first}, the model has {size}")
         for heads in space.heads:
@@ -56,7 +58,7 @@ class Dimensions:
         """Makes the space of a model for which none is given.
 
         It offers all, two thirds and half of the heads (in whole groups) and of the hidden size; all, half and a
-        quarter of the feed-forward units; all layers, and every other one.
+        quarter of the feed-forward units; all and half of the layers.
         """
         groups = self.heads // self.group
         heads = _descending(round(groups * share) * self.group for share in (1, 2 / 3, 1 / 2))
@@ -69,14 +71,20 @@ class Dimensions:
             hidden=(self.hidden, *(size for size in hidden if size < self.hidden)),
             heads=heads,
             ffn=(self.ffn, *(size for size in ffn if size < self.ffn)),
-            layers=tuple(evenly_spaced(self.layers, kept) for kept in depths),
+            layers=depths,
         )
 
-    def layer_sizes(self, subnet: Subnet) -> "LayerSizes":
-        """Spells `subnet` out for every layer of the full model; a layer that is left out has size 0."""
+    def layer_sizes(self, subnet: Subnet, kept: tuple[int, ...] | None = None) -> "LayerSizes":
+        """Spells `subnet` out for every layer of the full model; a layer that is left out has size 0.
+
+        Args:
+            kept: the layers that it keeps, where it says only how many; by default evenly spaced ones.
+        """
+        if kept is None:
+            kept = evenly_spaced(self.layers, subnet.layers) if isinstance(subnet.layers, int) else subnet.layers
         heads, ffn = [0] * self.layers, [0] * self.layers
         for axis, spelled in (("heads", heads), ("ffn", ffn)):
-            for layer, size in zip(subnet.layers, subnet.per_layer(axis), strict=True):
+            for layer, size in zip(kept, subnet.per_layer(axis), strict=True):
                 spelled[layer] = size
         kv_heads = [self._kv_heads_of(count) for count in heads]
         of_layer = {"heads": tuple(heads), "kv_heads": tuple(kv_heads), "ffn": tuple(ffn)}
@@ -111,6 +119,11 @@ class LayerSizes:
     def keeps(self, layer: int) -> bool:
         """Tells whether the layer runs."""
         return self.of_layer["heads"][layer] > 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Lists the layers that run."""
+        return tuple(layer for layer in range(self.count) if self.keeps(layer))
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ class SearchSpace:
 
     Attributes:
         hidden, heads, ffn: descending, unique; the first of each is the full model's.
-        layers: tuples of kept layer indices; the first keeps all layers, none keeps more than the one before it.
+        layers: how many layers are kept, descending, the first all of them: which, the super-transformer finds by
+            measurement when it is ordered. Or tuples of kept layer indices, which stay as given; the first keeps all
+            layers, none keeps more than the one before it.
         per_layer: whether `sample` draws heads and ffn anew for every layer.
 
     Raises:
         MLFSError: the sizes of an axis are not positive, unique and descending, or the layers are not as above.
 
-    >>> space = SearchSpace(hidden=(384, 192), heads=(12, 6), ffn=(1536, 768), layers=((0, 1, 2, 3), (0, 2)))
+    >>> space = SearchSpace(hidden=(384, 192), heads=(12, 6), ffn=(1536, 768), layers=(4, 2))
     >>> str(space.max), str(space.min)
     ('384/12/1536/4', '192/6/768/2')
     """
@@ -31,23 +33,34 @@ class SearchSpace:
     hidden: tuple[int, ...]
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
-    layers: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...] | tuple[tuple[int, ...], ...]
     per_layer: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "heads", "ffn"):
-            value = getattr(self, name)
-            sizes = (value,) if is_int(value) else as_tuple(value)
-            if not sizes or any(not is_int(size) or size < 1 for size in sizes):
-                raise MLFSError(f"{name}={value!r}: expected positive integers")
-            if list(sizes) != sorted(set(sizes), reverse=True):
-                raise MLFSError(f"{name}={value!r}: expected unique sizes in descending order, largest first")
-            object.__setattr__(self, name, sizes)
-        choices = tuple(map(as_tuple, as_tuple(self.layers)))
-        if not all(choices) or any(not is_int(i) for kept in choices for i in kept):
-            raise MLFSError(f"layers={self.layers!r}: expected tuples of layer indices")
-        if not choices or len(set(choices)) != len(choices):
-            raise MLFSError(f"layers={self.layers!r}: expected at least one choice of kept layers, each once")
+            self._check_sizes(name)
+        given = as_tuple(self.layers)
+        if given and all(is_int(count) for count in given):
+            self._check_sizes("layers")
+        else:
+            self._check_layers(tuple(map(as_tuple, given)))
+
+    def _check_sizes(self, name: str) -> None:
+        """Raises MLFSError unless an axis has positive, unique, descending sizes."""
+        value = getattr(self, name)
+        sizes = (value,) if is_int(value) else as_tuple(value)
+        if not sizes or any(not is_int(size) or size < 1 for size in sizes):
+            raise MLFSError(f"{name}={value!r}: expected positive integers")
+        if list(sizes) != sorted(set(sizes), reverse=True):
+            raise MLFSError(f"{name}={value!r}: expected unique sizes in descending order, largest first")
+        object.__setattr__(self, name, sizes)
+
+    def _check_layers(self, choices: tuple[tuple, ...]) -> None:
+        """Raises MLFSError unless each choice names layers, out of those of the first, which is the deepest."""
+        if not choices or not all(choices) or any(not is_int(i) for kept in choices for i in kept):
+            raise MLFSError(f"layers={self.layers!r}: expected numbers of layers, or tuples of layer indices")
+        if len(set(choices)) != len(choices):
+            raise MLFSError(f"layers={self.layers!r}: expected each choice of kept layers once")
         for kept in choices:
             Subnet(1, 1, 1, kept)
             if not set(kept) <= set(choices[0]):
@@ -55,6 +68,11 @@ class SearchSpace:
         if [len(kept) for kept in choices] != sorted((len(kept) for kept in choices), reverse=True):
             raise MLFSError(f"layers={self.layers!r}: expected the deepest choice first")
         object.__setattr__(self, "layers", choices)
+
+    @property
+    def counts_layers(self) -> bool:
+        """Whether depths are given as numbers of layers: which layers these are is then found by measurement."""
+        return isinstance(self.layers[0], int)
 
     @property
     def max(self) -> Subnet:
@@ -78,7 +96,9 @@ class SearchSpace:
             return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
         layers = draw(self.layers) if depths else self.layers[0]
-        count = len(layers) if self.per_layer else 1
+        count = 1
+        if self.per_layer:
+            count = layers if isinstance(layers, int) else len(layers)
         heads = tuple(draw(self.heads) for _ in range(count))
         ffn = tuple(draw(self.ffn) for _ in range(count))
         return Subnet(draw(self.hidden), heads, ffn, layers)
@@ -108,8 +128,9 @@ class SearchSpace:
 
     def uniform(self) -> Iterator[Subnet]:
         """Yields every subnet whose layers have equal sizes, the largest first."""
-        for layers, hidden, heads, ffn in itertools.product(self.layers, self.hidden, self.heads, self.ffn):
-            yield Subnet(hidden, heads, ffn, layers)
+        for layers in self.layers:
+            for hidden, heads, ffn in itertools.product(self.hidden, self.heads, self.ffn):
+                yield Subnet(hidden, heads, ffn, layers)
 
     def palette(self) -> dict[str, Subnet]:
         """Names the subnets that every evaluation shows: max, min, and two between, one of which is of full depth.
@@ -129,11 +150,12 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields by name, tuples as lists: a dictionary that JSON can hold."""
         value: dict[str, Any] = {name: list(getattr(self, name)) for name in ("hidden", "heads", "ffn")}
-        return value | {"layers": [list(kept) for kept in self.layers], "per_layer": self.per_layer}
+        layers = [kept if isinstance(kept, int) else list(kept) for kept in self.layers]
+        return value | {"layers": layers, "per_layer": self.per_layer}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "SearchSpace":
-        """Makes the space that `to_dict` wrote; `layers` may also hold counts, which become evenly spaced layers.
+        """Makes the space that `to_dict` wrote.
 
         Raises:
             MLFSError: a key is missing or unknown, or a value is not what the field takes.
@@ -141,16 +163,7 @@ class SearchSpace:
         names = {"hidden", "heads", "ffn", "layers"}
         if not isinstance(value, dict) or not names <= set(value) <= names | {"per_layer"}:
             raise MLFSError(f"a search space needs the keys {sorted(names)} (and may have per_layer), got {value!r}")
-        layers = as_tuple(value["layers"])
-        if layers and all(is_int(count) for count in layers):
-            layers = tuple(evenly_spaced(layers[0], count) for count in layers)
-        elif not layers or not all(isinstance(kept, (list, tuple)) for kept in layers):
-            raise MLFSError(f"layers={value['layers']!r}: expected lists of layer indices, or all counts of layers")
-        return cls(
-            **{name: value[name] for name in ("hidden", "heads", "ffn")},
-            layers=layers,
-            per_layer=bool(value.get("per_layer", False)),
-        )
+        return cls(**{name: value[name] for name in names}, per_layer=bool(value.get("per_layer", False)))
 
     def with_per_layer(self, per_layer: bool = True) -> "SearchSpace":
         """Returns the space with the same sizes whose `sample` draws per layer, or does not."""

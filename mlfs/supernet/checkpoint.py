@@ -3,9 +3,9 @@
 `mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
 one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
 
-Format 3 says what the base computes with beside its parameters, and how many tokens it has if the model has others;
-and it may own single parameters, not only modules. Format 2, without these, and format 1, which had the permutation in
-the JSON instead of int32 tensors, are still read.
+Format 4 may give depths by number, and rank the layers. Format 3 says what the base computes with beside its
+parameters, and how many tokens it has if the model has others; and it may own single parameters, not only modules.
+Format 2, without these, and format 1, which had the permutation in the JSON instead of int32 tensors, are still read.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
 CONFIG_NAME = "mlfs.json"
-FORMAT = 3
+FORMAT = 4
 _PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
 _FIELDS = {
     "format",

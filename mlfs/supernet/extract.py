@@ -30,16 +30,16 @@ def extract(
     Returns:
         A plain transformers model with weights of its own, in the base's dtype, in which everything trains.
     """
-    subnet, layers = sizes.subnet, model.get_submodule(layers_name)
+    layers = model.get_submodule(layers_name)
     assert isinstance(layers, nn.ModuleList)
     # deepcopy keeps every reference inside the model right; the memo puts smaller modules where elastic ones stand.
-    memo: dict[int, Any] = {id(model.config): small_config(model.config, subnet, family, dims)}
+    memo: dict[int, Any] = {id(model.config): small_config(model.config, sizes, family, dims)}
     memo |= leave_out_of_copies(model)
-    dropped = tuple(f"{layers_name}.{i}." for i in range(dims.layers) if i not in subnet.layers)
+    dropped = tuple(f"{layers_name}.{i}." for i in range(dims.layers) if not sizes.keeps(i))
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and not name.startswith(dropped):
             memo[id(module)] = module.extract_at(sizes)
-    kept = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in subnet.layers)
+    kept = nn.ModuleList(copy.deepcopy(layers[i], memo) for i in sizes.layers)
     memo[id(layers)] = kept
     small = copy.deepcopy(model, memo)
     release(small)

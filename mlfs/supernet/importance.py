@@ -20,6 +20,7 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, Dimensions
 from mlfs.supernet.permutation import UnitAxis, is_shared_head, numbers_per_unit, unit_axis
+from mlfs.supernet.targets import loss_on, on_device
 
 Method = Literal["magnitude", "activation", "gradient"]
 Scores = dict[UnitAxis, Tensor]
@@ -39,7 +40,8 @@ def importance(
         model: runs under the subnet that is active; all units are scored only under the whole model.
         dims: its full sizes.
         method: one of the scores that the module's documentation defines.
-        batches: keyword arguments of the model, with labels for "gradient"; "magnitude" needs none.
+        batches: keyword arguments of the model; "magnitude" needs none. Without labels, "gradient" takes the loss
+            against targets that are drawn from what the model predicts.
         loss_of: runs the model on a batch and returns its loss, a scalar; by default the model's own.
         sum_over_processes: makes of Σ x_u² of a batch that over the batches of all processes; None for one process.
             Scores by gradient are of this process: their sum is left to the caller.
@@ -48,7 +50,7 @@ def importance(
         Scores, float64 on the CPU: (hidden,) for the residual stream; for each layer (groups of heads,) and (ffn,).
 
     Raises:
-        MLFSError: an unknown method, or batches that are missing, empty or without labels.
+        MLFSError: an unknown method, or batches that are missing or empty.
     """
     if method == "magnitude":
         return _squared_weights(model, dims)
@@ -65,16 +67,17 @@ def importance(
         with _scoring_inputs(model, dims, method, scores, sum_over_processes) as finish_batch:
             for batch in tqdm(batches, desc=f"importance ({method})", leave=False):
                 seen += 1
-                inputs = dict(batch)
-                for name, value in batch.items():
-                    if isinstance(value, Tensor):
-                        inputs[name] = value.to(model.device)
+                inputs = on_device(batch, model.device)
                 with torch.set_grad_enabled(method == "gradient"):
-                    loss = model(**inputs).loss if loss_of is None else loss_of(inputs)
+                    if loss_of is not None:
+                        loss = loss_of(inputs)
+                    elif method == "gradient":
+                        loss = loss_on(model, inputs, generator=torch.Generator().manual_seed(seen))
+                    else:
+                        model(**inputs)
                 finish_batch()
                 if method == "gradient":
-                    if loss is None:
-                        raise MLFSError("the gradient score needs labels in the batches")
+                    assert loss is not None
                     loss.backward()
                     model.zero_grad(set_to_none=True)
     finally:

@@ -1,7 +1,7 @@
 """`SuperTransformer`, a Hugging Face model whose subnets share its weights."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from mlfs.models.configuration import dimensions, is_exportable, nearest_exporta
 from mlfs.models.convert import AdapterOptions, make_elastic
 from mlfs.models.families.table import family_of
 from mlfs.models.pretrained import hub_name, load_base, recorded_name
+from mlfs.space.depths import as_offered, layers_of_depth
 from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
@@ -36,22 +37,15 @@ from mlfs.supernet.classes import hold, show_signature
 from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
 from mlfs.supernet.fingerprint import Fingerprint, check_base
-from mlfs.supernet.importance import Method, Scores, importance
 from mlfs.supernet.loading import check_whole_base, load_parameters, without_owned
-from mlfs.supernet.permutation import (
-    Permutation,
-    check_permutation,
-    compose,
-    difference,
-    permutation_of,
-    permute,
-)
-from mlfs.supernet.recorded import Recorded, reads_record_first
+from mlfs.supernet.ordering import Ordered
+from mlfs.supernet.permutation import LAYERS, Permutation, difference
+from mlfs.supernet.recorded import reads_record_first
 from mlfs.supernet.watch import watch_next_optimizer
 
 
 @reads_record_first
-class SuperTransformer(Recorded):
+class SuperTransformer(Ordered):
     """Makes `model` elastic in place: no weight is copied, every base parameter keeps its storage and is frozen.
 
     Args:
@@ -94,7 +88,6 @@ class SuperTransformer(Recorded):
         self.base_constants = constants(model)
         self.stage: int | None = 0 if stages and rank else None
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
-        self._layer_sizes: dict[Subnet, LayerSizes] = {}
         self._fingerprint: Fingerprint | None = None
         adapters = AdapterOptions(rank, stages, alpha)
         layers = make_elastic(model, self.family, self.dimensions, self._scope, adapters)
@@ -131,7 +124,13 @@ class SuperTransformer(Recorded):
         Raises:
             MLFSError: `subnet` is not in the space.
         """
-        with self._scope.activate(self.layer_sizes(subnet)):
+        with self.activate_sizes(self.layer_sizes(subnet)):
+            yield self
+
+    @contextmanager
+    def activate_sizes(self, sizes: LayerSizes) -> Iterator["SuperTransformer"]:
+        """Runs a size inside the block that the space need not have, spelled out by `Dimensions.layer_sizes`."""
+        with self._scope.activate(sizes):
             yield self
 
     def bound(self, subnet: Subnet) -> BoundSubnet:
@@ -177,12 +176,16 @@ class SuperTransformer(Recorded):
         """
         if not isinstance(subnet, Subnet):
             raise MLFSError(f"expected a Subnet, got {type(subnet).__name__}: {subnet!r}")
+        self._scope.refresh_record()  # another order of the layers may have been loaded
         sizes = self._layer_sizes.get(subnet)
         if sizes is None:
-            self.space.check(subnet)
+            ranking = self._permutation.get(LAYERS)
+            offered = as_offered(subnet, self.space, ranking)
+            self.space.check(offered)
             if len(self._layer_sizes) >= 10_000:  # a long run samples without end
                 self._layer_sizes.clear()
-            sizes = self._layer_sizes[subnet] = self.dimensions.layer_sizes(subnet)
+            kept = layers_of_depth(offered.depth, self.space, ranking) if self.space.counts_layers else None
+            sizes = self._layer_sizes[subnet] = self.dimensions.layer_sizes(offered, kept)
         return sizes
 
     # ---- small models out of the large one ------------------------------------------------------------------------
@@ -206,6 +209,7 @@ class SuperTransformer(Recorded):
 
     def why_not_exportable(self, subnet: Subnet) -> str:
         """Says why `subnet` cannot be saved as a checkpoint, and which subnet of the space nearest to it can."""
+        subnet = self.layer_sizes(subnet).subnet
         nearest = nearest_exportable(subnet, self.space, self.family, self.dimensions)
         return why_not_exportable(subnet, self.family, nearest)
 
@@ -253,40 +257,6 @@ class SuperTransformer(Recorded):
     def merged_stages(self) -> int:
         """How many stages are merged into the copy that is read now."""
         return max((m.merged_stages for m in self.elastic() if isinstance(m, ElasticLinear)), default=0)
-
-    # ---- order of the units -----------------------------------------------------------------------------------------
-
-    def order(self, method: Method = "magnitude", batches: Iterable[Mapping[str, Any]] | None = None) -> None:
-        """Permutes heads, feed-forward units and the residual stream, most important first.
-
-        The full model's function stays; what each smaller subnet keeps changes. Done in place, and recorded.
-
-        Arguments and errors: as `mlfs.supernet.importance.importance`.
-        """
-        self.apply_permutation(permutation_of(self.importance(method, batches)))
-
-    def importance(self, method: Method, batches: Iterable[Mapping[str, Any]] | None = None) -> Scores:
-        """Scores every unit of the whole model, whatever is active; see `mlfs.supernet.importance`."""
-        with self.activate(self.space.max):
-            return importance(self.model, self.dimensions, method, batches)
-
-    def apply_permutation(self, permutation: Permutation) -> None:
-        """Reorders the units in place, and records the order.
-
-        Args:
-            permutation: for each axis that is reordered, the old index of each unit at its new place.
-
-        Raises:
-            MLFSError: an entry is no permutation of an axis of this model; nothing has moved then.
-        """
-        check_permutation(permutation, self.dimensions)
-        self.fingerprint()  # of the base as it was loaded
-        merged = self.merged_stages
-        self.merge_stages(0)
-        permute(self.model, permutation, self.dimensions)
-        self.merge_stages(merged)
-        self.permutation = compose(self.permutation, permutation)
-        self.record.write()
 
     # ---- what is whose ----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Permutations of heads, feed-forward units and the residual stream, which leave the full model's function as it is.
 
 A permutation holds, for each axis that is reordered, the old index of every unit at its new place. A unit of heads is a
-whole group: the query heads that share one key-value head.
+whole group: the query heads that share one key-value head. Layers have an order too, the ones that matter most first,
+by which depths are chosen; but they stay where they are, so that their indices are always the model's own.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import AxisSize, Dimensions
 
-UnitAxis = tuple[str, int | None]  # ("hidden", None), ("heads", layer) or ("ffn", layer)
+UnitAxis = tuple[str, int | None]  # ("hidden", None), ("heads", layer), ("ffn", layer) or LAYERS
 Permutation = dict[UnitAxis, list[int]]
+LAYERS: UnitAxis = ("layers", None)
 
 
 def permutation_of(scores: Mapping[UnitAxis, Tensor]) -> Permutation:
@@ -73,7 +75,7 @@ def compose(first: Permutation, then: Permutation) -> Permutation:
     """Makes the permutation that does `first`, then `then`."""
     composed = dict(first)
     for axis, order in then.items():
-        if axis in first:
+        if axis in first and axis != LAYERS:
             composed[axis] = [first[axis][index] for index in order]
         else:
             composed[axis] = order
@@ -84,18 +86,23 @@ def difference(have: Permutation, want: Permutation) -> Permutation:
     """Makes the permutation that turns units ordered by `have` into units ordered by `want`."""
     result: Permutation = {}
     for axis in have.keys() | want.keys():
+        if axis == LAYERS:
+            continue
         length = len(have.get(axis) or want[axis])
         unchanged = list(range(length))
         place = {unit: index for index, unit in enumerate(have.get(axis, unchanged))}
         result[axis] = [place[unit] for unit in want.get(axis, unchanged)]
+    if LAYERS in want:
+        result[LAYERS] = want[LAYERS]
     return result
 
 
 def check_permutation(permutation: Permutation, dims: Dimensions) -> None:
     """Raises MLFSError unless every entry is a permutation of an axis of the model."""
-    lengths = {"hidden": dims.hidden, "heads": dims.heads // dims.group, "ffn": dims.ffn}
+    lengths = {"hidden": dims.hidden, "heads": dims.heads // dims.group, "ffn": dims.ffn, "layers": dims.layers}
     for (axis, layer), order in permutation.items():
-        known = axis in lengths and (layer is None) == (axis == "hidden") and (layer is None or layer < dims.layers)
+        of_all = axis in ("hidden", "layers")
+        known = axis in lengths and (layer is None) == of_all and (layer is None or layer < dims.layers)
         if not known or sorted(order) != list(range(lengths[axis])):
             raise MLFSError(f"the permutation of {axis} (layer {layer}) is not one of this model's")
 

@@ -22,12 +22,14 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.errors import MLFSError
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, Fingerprint
-from mlfs.supernet.permutation import Permutation
+from mlfs.supernet.permutation import LAYERS, Permutation
 
 NAME = "mlfs_record"  # of the record among the model's modules
 _SETTINGS = ("space", "rank", "stages", "alpha")
 _BASE, _OWNED, _NEW = range(3)  # whose a parameter is: the base's, a module's that the run owns, new with the run
-_AXES = ("hidden", "heads", "ffn")
+_AXES = ("hidden", "heads", "ffn", "layers")
+_REFRESHED = ("trained_stages", "layers")  # what a forward pass and `activate` ask for
+_UNRANKED = -1  # of each layer, before the layers have an order
 _NO_ORDER = (
     "the state's order of the units is none: it is damaged, or an average of states with different orders; average "
     "only states that were ordered alike"
@@ -49,6 +51,7 @@ class Record(nn.Module):
         fingerprint: (parameters, 3, 8) uint8, the hashes of the base's; zeros where it is as it was loaded.
         vocabulary: () int32, how many tokens the base has; 0 where it is as many as the model.
         hidden, heads, ffn: (units,), (layers, groups of heads) and (layers, units) int32, the order of the units.
+        layers: (layers,) int32, the layers that matter most first; -1 while they are not ranked.
         order_bits: (64,) float32, bits of the hash of that order. Of an average over several orders they are no bits,
             even if it averaged only what floats, as most do, and took the last order as it is.
     """
@@ -61,13 +64,12 @@ class Record(nn.Module):
     hidden: Tensor
     heads: Tensor
     ffn: Tensor
+    layers: Tensor
     order_bits: Tensor
     _supernet: Any
     _names: list[str]
     ties: dict[str, str]
-    _seen: Tensor
-    _seen_version: int | None
-    _seen_memory: bytes | None
+    _seen: dict[str, tuple[Tensor, int | None, bytes | None]]  # of each: the buffer, its version and its numbers
     _seen_values: bytes
     _is_busy: bool
 
@@ -81,6 +83,7 @@ class Record(nn.Module):
             "hidden": (dims.hidden,),
             "heads": (dims.layers, dims.heads // dims.group),
             "ffn": (dims.layers, dims.ffn),
+            "layers": (dims.layers,),
         }
         values = {
             "settings": torch.zeros(len(_SETTINGS), 8, dtype=torch.uint8),
@@ -108,7 +111,8 @@ class Record(nn.Module):
         supernet = self._supernet
         owned = {f"{name}.{key}" for name in supernet.owned_modules() for key in ("weight", "bias")}
         # Of a base that is as it was loaded they can be computed: equal models then have equal states.
-        moved = any(order != sorted(order) for order in supernet.permutation.values())
+        permutation = supernet.permutation
+        moved = any(order != sorted(order) for axis, order in permutation.items() if axis != LAYERS)
         changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
         hashes = (supernet._fingerprint or {}) if changed else {}
         unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
@@ -122,25 +126,28 @@ class Record(nn.Module):
         self._put("ownership", ownership)
         self._put("fingerprint", rows)
         self._put("vocabulary", supernet.base_vocabulary or 0)
-        orders = {axis: _orders(supernet.permutation, axis, self.get_buffer(axis).shape) for axis in _AXES}
+        orders = {axis: _orders(permutation, axis, self.get_buffer(axis).shape) for axis in _AXES}
         for axis, values in orders.items():
             self._put(axis, values)
         self._put("order_bits", _bits_of(orders))
         self._note()
 
     def refresh(self) -> None:
-        """Reads the buffers if what trained is not as it was last written or read: before each forward pass.
+        """Reads the buffers if what trained, or the order of the layers, is not as it was last written or read: before
+        each forward pass, and each time that a size is activated.
 
-        Which asks for nothing else. On GPUs, where to compare numbers is to wait, the version alone tells, and it does
+        Which ask for nothing else. On GPUs, where to compare numbers is to wait, the version alone tells, and it does
         not tell of writes through `.data`.
         """
-        buffer: Any = self._buffers["trained_stages"]
-        if (
-            buffer is not self._seen
-            or (not buffer.is_inference() and buffer._version != self._seen_version)
-            or (self._seen_memory is not None and _memory_of(buffer) != self._seen_memory)
-        ):
-            self.look()
+        for name, (seen, version, memory) in self._seen.items():
+            buffer: Any = self._buffers[name]
+            if (
+                buffer is not seen
+                or (not buffer.is_inference() and buffer._version != version)
+                or (memory is not None and _memory_of(buffer) != memory)
+            ):
+                self.look()
+                return
 
     def look(self) -> None:
         """Reads the buffers if any number in them is not as it was last written or read."""
@@ -269,10 +276,11 @@ class Record(nn.Module):
 
     def _note(self) -> None:
         """Notes what the buffers are, for `refresh` and `look`."""
-        buffer = self.trained_stages
-        self.__dict__["_seen"] = buffer
-        self.__dict__["_seen_version"] = None if buffer.is_inference() else buffer._version
-        self.__dict__["_seen_memory"] = _memory_of(buffer) if _is_plain(buffer) else None
+        seen = self.__dict__["_seen"] = {}
+        for name in _REFRESHED:
+            buffer = self.get_buffer(name)
+            version = None if buffer.is_inference() else buffer._version
+            seen[name] = buffer, version, _memory_of(buffer) if _is_plain(buffer) else None
         self.__dict__["_seen_values"] = _bytes_of(self._buffers.values())
 
     def _permutation(self) -> Permutation:
@@ -283,11 +291,13 @@ class Record(nn.Module):
             raise MLFSError(_NO_ORDER)
         permutation: Permutation = {}
         for axis, values in orders.items():
-            rows = {None: values} if axis == "hidden" else dict(enumerate(values))
+            if axis == "layers" and all(layer == _UNRANKED for layer in values):
+                continue
+            rows = {None: values} if axis in ("hidden", "layers") else dict(enumerate(values))
             for layer, order in rows.items():
                 if sorted(order) != list(range(len(order))):
                     raise MLFSError(_NO_ORDER)
-                if order != sorted(order):
+                if order != sorted(order) or axis == "layers":
                     permutation[axis, layer] = order
         return permutation
 
@@ -352,6 +362,8 @@ def _trained_stages(supernet: Any) -> int:
 def _orders(permutation: Permutation, axis: str, shape: Sequence[int]) -> list[Any]:
     """Spells the order of every unit of an axis out: (units,) or (layers, units)."""
     whole = list(range(shape[-1]))
+    if axis == "layers":
+        return permutation.get(LAYERS, [_UNRANKED] * shape[-1])
     if axis == "hidden":
         return permutation.get((axis, None), whole)
     return [permutation.get((axis, layer), whole) for layer in range(shape[0])]

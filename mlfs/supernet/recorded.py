@@ -8,6 +8,8 @@ import torch
 
 from mlfs.elastic.guard import Guarded
 from mlfs.elastic.linear import ElasticLinear
+from mlfs.space.dimensions import LayerSizes
+from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import as_in_base, changed_parameters
 from mlfs.supernet.fingerprint import Fingerprint, fingerprint
 from mlfs.supernet.permutation import Permutation
@@ -15,8 +17,8 @@ from mlfs.supernet.record import NAME, Record
 
 # What does not depend on the record, or is asked for with every forward pass, which reads the record itself.
 UNRECORDED = {
-    "activate", "activate_rows", "active", "bound", "forward", "has_row_sizes", "is_exportable", "layer_sizes",
-    "layers", "merged_stages", "record", "why_not_exportable",
+    "activate", "activate_rows", "activate_sizes", "active", "bound", "forward", "has_row_sizes", "is_exportable",
+    "kept_layers", "layer_sizes", "layers", "merged_stages", "record", "why_not_exportable",
 }  # fmt: skip
 _GLANCED = {"count_parameters", "count_trainable"}  # in each step of training, where a GPU would be waited for
 
@@ -33,6 +35,7 @@ class Recorded(Guarded):
     """
 
     _fingerprint: Fingerprint | None
+    _layer_sizes: dict[Subnet, LayerSizes]  # those that were asked for
 
     @property
     def permutation(self) -> Permutation:
@@ -42,6 +45,7 @@ class Recorded(Guarded):
     @permutation.setter
     def permutation(self, value: Permutation) -> None:
         self._permutation = value
+        self._layer_sizes = {}  # a number of layers may stand for others now
 
     @property
     def new_parameters(self) -> set[str]:

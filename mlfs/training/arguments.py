@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from mlfs.errors import MLFSError
 from mlfs.parsing import parse_json
+from mlfs.supernet.depth import METHODS as LAYER_METHODS
 from mlfs.training.execution import EXECUTIONS
 from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
@@ -79,7 +80,12 @@ class MLFSArguments(TrainingArguments):
         "gradient",
         "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'.",
     )
-    order_batches: int = _option(30, "Training batches the ranking is computed from.")
+    order_layers: str = _option(
+        "loss",
+        "Which layers a depth keeps, where the space says how many: 'loss' (taken out one by one, each time the one "
+        "that the loss rises least without), 'influence' (the one that changes its input least) or 'even' (spaced).",
+    )
+    order_batches: int = _option(30, "Training batches the ranking is computed from; of layers the first 8.")
     merge_stages: bool = _option(
         True, "Merge frozen earlier stages into an fp32 copy of the base while a later one trains."
     )
@@ -133,6 +139,7 @@ class MLFSArguments(TrainingArguments):
             "gamma_normalization": ("weights", "count", "none"),
             "stop_ends": ("run", "stage"),
             "projection": ("fixed", "learned"),
+            "order_layers": LAYER_METHODS,
             "order": ("gradient", "activation", "magnitude", "none"),
         }
         for name, known in choices.items():

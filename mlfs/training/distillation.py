@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
 from mlfs.ops.distill import feature_distance
-from mlfs.space.subnet import Subnet
 
 
 class HiddenStateDistance(nn.Module):
@@ -61,7 +60,7 @@ class HiddenStateDistance(nn.Module):
 
     def forward(
         self,
-        subnet: Subnet,
+        kept: Sequence[int],
         student: Mapping[str, Any],
         teacher: Mapping[str, Any],
         attention_mask: Tensor | None = None,
@@ -70,7 +69,8 @@ class HiddenStateDistance(nn.Module):
         """Sums the weighted distances of the layers.
 
         Args:
-            student: outputs of `subnet`, with hidden_states: of each (batch, tokens, hidden size of the subnet), or
+            kept: the layers of the subnet.
+            student: its outputs, with hidden_states: of each (batch, tokens, its hidden size), or
                 (1, tokens that are no padding, hidden size) of an encoder that ran without padding.
             teacher: outputs of maxnet, with hidden_states.
             attention_mask: (batch, tokens); padding does not count.
@@ -81,8 +81,8 @@ class HiddenStateDistance(nn.Module):
         """
         student_states, teacher_states = student["hidden_states"], teacher["hidden_states"]
         total = student_states[0].new_zeros(())
-        for i, layer in enumerate(subnet.layers):
-            if not self._compares(subnet, i):
+        for i, layer in enumerate(kept):
+            if not self._compares(kept, i):
                 continue
             # state 0 is what goes into the first layer
             student_state, teacher_state = student_states[i + 1], teacher_states[layer + 1]
@@ -117,10 +117,10 @@ class HiddenStateDistance(nn.Module):
             found.append(size)
         return torch.stack(found)
 
-    def _compares(self, subnet: Subnet, i: int) -> bool:
+    def _compares(self, kept: Sequence[int], i: int) -> bool:
         """Whether the state after the subnet's i-th layer is compared."""
-        layer = subnet.layers[i]
-        ends_early = i == len(subnet.layers) - 1 and layer != self.layers - 1
+        layer = kept[i]
+        ends_early = i == len(kept) - 1 and layer != self.layers - 1
         return bool(self.betas[layer]) and not (self.final_norm and ends_early)
 
 

@@ -1,6 +1,7 @@
 """A transformers Trainer that evaluates a palette of subnets instead of one model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class PaletteTrainer(Trainer):
                 name: Subnet.from_dict(value) for name, value in parse_json(args.palette, "palette").items()
             }
         for subnet in self.palette.values():
-            supernet.space.check(subnet)
+            supernet.layer_sizes(subnet)  # refused here rather than where it runs
         self.task = task_of(supernet.model)
         super().__init__(model=supernet.model, args=args, **kwargs)
         if not self.task.divides_by_items:
@@ -133,5 +134,7 @@ class PaletteTrainer(Trainer):
                 if key.startswith(prefix) and not key.startswith(longer)
             }
             if found:
-                rows.append({"name": name, "subnet": str(subnet), "sizes": subnet.to_dict(), **found})
+                # by name: what a number of layers stands for is part of what was evaluated
+                sizes = replace(subnet, layers=self.supernet.kept_layers(subnet)).to_dict()
+                rows.append({"name": name, "subnet": str(subnet), "sizes": sizes, **found})
         return rows

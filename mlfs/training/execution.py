@@ -79,11 +79,12 @@ def one_by_one(
     has_students = len(subnets) > 1
     needs_states = has_students and subnet_loss.distance.is_used
     for subnet, weight in zip(subnets, weights, strict=True):
+        layers = trainer.supernet.kept_layers(subnet)
         # the backward pass may recompute: it stays inside
         with trainer.supernet.activate(subnet):
             with trainer.compute_loss_context_manager(), without_padding(packs):
                 task_loss, outputs = _forward(trainer, model, batch, needs_states, has_students)
-                found = subnet_loss(batch, subnet, outputs, task_loss, teacher)
+                found = subnet_loss(batch, layers, outputs, task_loss, teacher)
             if teacher is None and has_students:
                 teacher = subnet_loss.teacher(batch, outputs)
             trainer.accelerator.backward(found.loss * (weight / batch.accumulation.divisor))
@@ -110,14 +111,15 @@ def lockstep(
             given = _without_labels(trainer, batch)
             together = _forward_together(model, given, batch, len(subnets), needs_states)
             for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
-                outputs: Any = part_of(together, i, rows, subnet)
+                sizes = trainer.supernet.layer_sizes(subnet)
+                outputs: Any = part_of(together, i, rows, sizes)
                 task_loss = None
                 if batch.head is None:
                     whole = trainer.accelerator.unwrap_model(model)
                     computed = ComputedOutputs(whole, outputs, given)
                     task_loss, outputs = _compute_loss(trainer, computed, dict(batch.inputs), batch)
                     _checked(outputs, needs_states)
-                found = subnet_loss(batch, subnet, outputs, task_loss, teacher)
+                found = subnet_loss(batch, sizes.layers, outputs, task_loss, teacher)
                 if teacher is None:
                     teacher = subnet_loss.teacher(batch, outputs)
                 total = total + found.loss * weight

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import find_labels
 
-LABELS = ("labels", "start_positions", "end_positions", "shift_labels")
+from mlfs.supernet.targets import LABELS
 
 
 def without_labels(

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from mlfs.errors import MLFSError
 from mlfs.models.fused.lm_head import HEAD_INPUT
-from mlfs.space.subnet import Subnet
+from mlfs.space.dimensions import LayerSizes
 from mlfs.training.inputs import LABELS
 
 _AS_WIDE_AS_THE_SUBNET = (HEAD_INPUT, "last_hidden_state", "pooler_output")
@@ -42,7 +42,7 @@ def repeat(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
     return repeated
 
 
-def part_of(outputs: Mapping[str, Any], i: int, rows: int, subnet: Subnet) -> ModelOutput:
+def part_of(outputs: Mapping[str, Any], i: int, rows: int, sizes: LayerSizes) -> ModelOutput:
     """Returns what the i-th subnet gave: rows i * rows to (i + 1) * rows of each tensor.
 
     Hidden states are those of the subnet's layers. They, and what goes into a head that is left out, are as wide as
@@ -52,12 +52,12 @@ def part_of(outputs: Mapping[str, Any], i: int, rows: int, subnet: Subnet) -> Mo
     part: dict[str, Any] = {name: value[own_rows] for name, value in outputs.items() if isinstance(value, Tensor)}
     for name in _AS_WIDE_AS_THE_SUBNET:
         if name in part:
-            part[name] = part[name][..., : subnet.hidden]
+            part[name] = part[name][..., : sizes.subnet.hidden]
     states = outputs.get("hidden_states")
     if states is not None:
         # state 0 is what goes into the first layer
-        kept = [0, *(layer + 1 for layer in subnet.layers)]
-        part["hidden_states"] = tuple(states[k][own_rows, ..., : subnet.hidden] for k in kept)
+        kept = [0, *(layer + 1 for layer in sizes.layers)]
+        part["hidden_states"] = tuple(states[k][own_rows, ..., : sizes.subnet.hidden] for k in kept)
     return ModelOutput(part)
 
 

@@ -5,7 +5,7 @@ L_j = (1 - α) task_j + α KL(maxnet || j) + Σ_l β_{g(l)} feature_{j,l}
 A model that gives no logits has no KL to share with: L_j = task_j + Σ_l β_{g(l)} feature_{j,l}.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mlfs.models.fused.lm_head import HEAD_INPUT
 from mlfs.ops.head_loss import head_loss
-from mlfs.space.subnet import Subnet
 from mlfs.training.batch import Batch
 from mlfs.training.distillation import HiddenStateDistance, detached
 from mlfs.training.distributed import average
@@ -51,7 +50,7 @@ class SubnetLoss:
     def __call__(
         self,
         batch: Batch,
-        subnet: Subnet,
+        layers: Sequence[int],
         outputs: Mapping[str, Any],
         task_loss: Tensor | None = None,
         teacher: Mapping[str, Any] | None = None,
@@ -59,7 +58,8 @@ class SubnetLoss:
         """Computes the loss of one subnet.
 
         Args:
-            outputs: what the model gave at the size of `subnet`: with logits, or, where the batch has a head, with
+            layers: those that it keeps.
+            outputs: what the model gave at its size: with logits, or, where the batch has a head, with
                 HEAD_INPUT; with hidden_states where there is a teacher and `distance.is_used`.
             task_loss: scalar; None where the batch has a head: it is computed from what goes into that.
             teacher: maxnet's outputs, without their graph. None for maxnet itself, whose loss is its task's alone.
@@ -73,7 +73,7 @@ class SubnetLoss:
         if teacher is not None and self.distance.is_used:
             share = teacher.get(SHARE, share)
             distance = self.distance(
-                subnet, outputs, teacher, batch.inputs.get("attention_mask"), teacher.get(LAYER_SHARES)
+                layers, outputs, teacher, batch.inputs.get("attention_mask"), teacher.get(LAYER_SHARES)
             )
             feature = share * distance
             loss = loss + feature

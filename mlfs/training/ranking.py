@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfs.errors import MLFSError
+from mlfs.supernet.depth import LayerMethod, rank_layers
 from mlfs.supernet.importance import Method, Scores, importance
+from mlfs.supernet.targets import LABELS, OwnTargets, loss_on
 from mlfs.training.distributed import sum_over_processes, sum_scores
 from mlfs.training.inputs import without_labels
 from mlfs.training.step import SubnetTrainer
@@ -40,23 +41,49 @@ def rank_units(trainer: SubnetTrainer, method: Method, batches: Iterable[Mapping
     return scores
 
 
-def _loss(trainer: SubnetTrainer, batch: Mapping[str, Any], method: Method) -> Tensor | None:
-    """Computes the loss of one batch as training does, or, where scores need none and there are no labels, nothing but
-    the forward pass."""
+def rank_depths(trainer: SubnetTrainer, method: LayerMethod, batches: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Ranks the layers of the whole model, by the loss that the trainer computes; the same in all processes.
+
+    Arguments and errors: as `mlfs.supernet.depth.rank_layers`.
+    """
+    processes, device = trainer.accelerator.num_processes, trainer.args.device
+
+    def reduce(values: Tensor) -> Tensor:
+        return sum_over_processes(values.to(device)).cpu()
+
+    def loss_of(batch: Mapping[str, Any], targets: OwnTargets | None) -> Tensor:
+        loss = _loss(trainer, batch, "gradient", targets)
+        assert loss is not None
+        return loss
+
+    return rank_layers(trainer.supernet, method, batches, loss_of, reduce if processes > 1 else None)
+
+
+def _loss(
+    trainer: SubnetTrainer, batch: Mapping[str, Any], method: Method, targets: OwnTargets | None = None
+) -> Tensor | None:
+    """Computes the loss of one batch as training does: its share of the mean over all processes' batches.
+
+    Where there are no labels, and no loss of somebody's own to do without them, it is that against the model's own
+    predictions; and where scores need no loss, there is none.
+
+    Args:
+        targets: of the whole model; by default they are drawn now, where they are needed.
+    """
     model, inputs = trainer.supernet.model, dict(batch)
-    if method == "activation" and not any(inputs.get(name) is not None for name in trainer.label_names):
+    processes, items = trainer.accelerator.num_processes, None
+    unlabelled = not any(inputs.get(name) is not None for name in (*LABELS, *trainer.label_names))
+    if unlabelled and method == "activation":
         model(**without_labels(model, inputs))
         return None
-    processes, items = trainer.accelerator.num_processes, None
-    if processes > 1 or not trainer.has_transformers_loss():
-        # a model that is told no number takes the mean, which rounds in another way
-        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-    try:
-        loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=items)
-    except ValueError as error:
-        if "did not return a loss" not in str(error):
-            raise
-        raise MLFSError("the gradient score needs labels in the batches") from None
+    if unlabelled and trainer.has_transformers_loss():
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        loss: Any = loss_on(model, without_labels(model, inputs), targets, generator)
+    else:
+        if processes > 1 or not trainer.has_transformers_loss():
+            # a model that is told no number takes the mean, which rounds in another way
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
     if processes == 1 or (items is not None and trainer.args.average_tokens_across_devices):
         return loss  # type: ignore[no-any-return]
     counted = _counted(trainer, batch)

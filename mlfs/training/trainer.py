@@ -27,11 +27,11 @@ from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
-from mlfs.supernet.permutation import permutation_of
+from mlfs.supernet.permutation import LAYERS, permutation_of
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
-from mlfs.training.ranking import rank_units
+from mlfs.training.ranking import rank_depths, rank_units
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.runs import (
     LOGS_NAME,
@@ -204,7 +204,8 @@ class MLFSTrainer(SubnetTrainer):
         set_seed(args.seed + stage)
         self.supernet.merge_stages(0)
         self.supernet.train_stage(None)
-        if fresh and stage > 0 and args.order != "none" and not self.supernet.permutation:
+        orders = args.order != "none" or self._ranks_layers()
+        if fresh and stage > 0 and orders and not self.supernet.permutation:
             self._order()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
@@ -249,11 +250,20 @@ class MLFSTrainer(SubnetTrainer):
         self.accelerator.wait_for_everyone()
 
     def _order(self) -> None:
-        """Ranks the units by the first training batches, and orders them so."""
-        batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
-        prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
-        scores = rank_units(self, self.args.order, prepared)  # type: ignore[arg-type]
-        self.supernet.apply_permutation(permutation_of(scores))
+        """Ranks units and layers by the first training batches, and orders them so."""
+        args, permutation = self.args, {}
+        batches = itertools.islice(iter(self.get_train_dataloader()), args.order_batches)
+        prepared = [self._prepare_inputs(dict(batch)) for batch in batches]
+        if args.order != "none":
+            permutation = permutation_of(rank_units(self, args.order, prepared))  # type: ignore[arg-type]
+        if self._ranks_layers():
+            permutation[LAYERS] = rank_depths(self, args.order_layers, prepared)  # type: ignore[arg-type]
+        self.supernet.apply_permutation(permutation)
+
+    def _ranks_layers(self) -> bool:
+        """Whether which layers each depth keeps is found by measurement."""
+        space = self.supernet.space
+        return space.counts_layers and len(space.layers) > 1 and self.args.order_layers != "even"
 
     # ---- optimizer and logs ---------------------------------------------------------------------------------------
 

@@ -25,3 +25,9 @@ def test_results_show_what_identifies_a_size_first_and_leave_out_what_the_traine
     row |= {"samples_per_second": 1.0, "steps_per_second": 1.0, "bytes": 4e6, "parameters": 1e6}
     header = results_table([row]).splitlines()[0]
     assert header.split() == ["name", "subnet", "parameters", "size", "on", "disk", "latency", "accuracy"]
+
+
+def test_the_layers_that_each_depth_keeps_are_named_below():
+    kept = {"a": [0, 1, 2], "b": [0, 2], "c": [0, 2], "d": [1]}
+    rows = [{"name": name, "subnet": "8", "sizes": {"layers": layers}} for name, layers in kept.items()]
+    assert results_table(rows).splitlines()[-2:] == ["2 layers: 0, 2", "1 layer: 1"]

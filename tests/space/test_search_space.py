@@ -35,15 +35,17 @@ def test_lists_and_ranges_are_taken_for_tuples():
         (dict(ffn=(40, 24.0)), r"ffn=\(40, 24\.0\): expected positive integers"),
         (dict(ffn=None), "ffn=None: expected positive integers"),
         (dict(ffn="40"), "ffn='40': expected positive integers"),
-        (dict(layers=()), r"layers=\(\): expected at least one choice of kept layers, each once"),
-        (dict(layers=((0, 1), (0, 1))), "expected at least one choice of kept layers, each once"),
-        (dict(layers=((0, 1), (1, 0))), r"layers=\(1, 0\): expected ascending, unique"),
-        (dict(layers=((0, 1), ())), r"layers=\(\(0, 1\), \(\)\): expected tuples of layer indices"),
-        (dict(layers=(([0],),)), r"layers=\(\(\[0\],\),\): expected tuples of layer indices"),
+        (dict(layers=()), r"layers=\(\): expected numbers of layers, or tuples of layer indices"),
+        (dict(layers=((0, 1), (0, 1))), "expected each choice of kept layers once"),
+        (dict(layers=((0, 1), (1, 0))), r"layers=\(1, 0\): expected a number of layers, or ascending, unique"),
+        (dict(layers=((0, 1), ())), r"layers=\(\(0, 1\), \(\)\): expected numbers of layers, or tuples"),
+        (dict(layers=(([0],),)), r"layers=\(\(\[0\],\),\): expected numbers of layers, or tuples"),
+        (dict(layers=(2, (0,))), r"layers=\(2, \(0,\)\): expected numbers of layers, or tuples"),
         (dict(layers=((0, 1), (1, 2))), r"layers: \(1, 2\) keeps layers that the first choice \(0, 1\) does not have"),
         (dict(layers=((0, 1, 2), (0,), (0, 1))), "expected the deepest choice first"),
-        (dict(layers=(0, 1)), r"layers=\(0, 1\): expected tuples of layer indices"),
-        (dict(layers=4), "layers=4: expected at least one choice of kept layers"),
+        (dict(layers=(1, 2)), r"layers=\(1, 2\): expected unique sizes in descending order"),
+        (dict(layers=(2, 0)), r"layers=\(2, 0\): expected positive integers"),
+        (dict(layers=4), "layers=4: expected numbers of layers"),
     ],
 )
 def test_bad_space_is_refused(arguments, message):
@@ -58,12 +60,8 @@ def test_bad_space_is_refused(arguments, message):
         ({"hidden": [48]}, "a search space needs the keys"),
         ([48], "a search space needs the keys"),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2], "depth": 3}, "a search space needs the keys"),
-        (
-            {"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, [0]]},
-            "expected lists of layer indices, or all counts",
-        ),
-        ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, 3]}, "cannot keep 3 of 2 layers"),
-        ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, 0]}, "cannot keep 0 of 2 layers"),
+        ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, [0]]}, "expected numbers of layers, or tuples"),
+        ({"hidden": [48], "heads": [6], "ffn": [40], "layers": [2, 3]}, "expected unique sizes in descending order"),
         ({"hidden": [48], "heads": [6], "ffn": [40], "layers": 2}, "layers=2: expected"),
         ({"hidden": None, "heads": [6], "ffn": [40], "layers": [2]}, "hidden=None: expected positive integers"),
     ],
@@ -73,9 +71,16 @@ def test_bad_space_dictionary_is_refused(value, message):
         SearchSpace.from_dict(value)
 
 
-def test_counts_of_layers_become_evenly_spaced_ones():
+def test_depths_by_number_stay_numbers():
     value = {"hidden": [48], "heads": [6], "ffn": [40], "layers": [6, 3]}
-    assert SearchSpace.from_dict(value).layers == ((0, 1, 2, 3, 4, 5), (0, 2, 4))
+    space = SearchSpace.from_dict(value)
+    assert space.layers == (6, 3) and space.counts_layers
+    assert space.to_dict() == value | {"per_layer": False}
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    assert [subnet.layers for subnet in space.uniform()] == [6, 3]
+    assert (space.max.depth, space.min.depth) == (6, 3)
+    drawn = space.with_per_layer().sample(torch.Generator().manual_seed(0))
+    assert drawn in space and len(drawn.per_layer("ffn")) == drawn.depth
 
 
 def test_one_size_may_stand_for_an_axis():

@@ -103,6 +103,7 @@ ENTRIES: dict[str, Callable[[Any, Path], Any]] = {
     "own_parameters": lambda s, _: s.own_parameters(),
     "owned_modules": lambda s, _: list(s.owned_modules()),
     "permutation": lambda s, _: s.permutation,
+    "rank_layers": lambda s, _: s.rank_layers("influence", _batches()),
     "restore": lambda s, folder: s.restore(folder / "run"),
     "save_pretrained": lambda s, folder: s.save_pretrained(folder / "twin"),
     "train_stage": lambda s, _: s.train_stage(2),

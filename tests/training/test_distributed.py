@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlfs import SearchSpace, SuperTransformer
+from tests.tiny_models import make
 from tests.trainers import own, rows, trainer
 from tests.training.test_accumulation import of_items, ragged
 
@@ -18,6 +20,7 @@ STEPS: dict[str, Any] = {
     "dropout_stages": [], "stage_steps": [2], "save_strategy": "no", "train_sampling_strategy": "sequential",
     "optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1,
 }  # fmt: skip
+DEPTHS = SearchSpace((48, 32, 24), (6, 4, 2), (40, 20), (4, 2))  # which layers two are is measured
 CLASSIFIER, TEXT = ("bert", "ForSequenceClassification"), ("llama", "ForCausalLM")
 # Each trains alone and on two processes: (model, options). Texts have another number of labels and tokens in each row.
 QUICK: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
@@ -62,9 +65,10 @@ def train(folder: Path, name: str, rows_per_process: int) -> None:
     data = rows(96 if "accumulated" in name else 32, causal=suffix == "ForCausalLM")
     if suffix == "ForCausalLM":
         data = data.map(ragged, with_indices=True).map(with_padding, with_indices=True)
+    supernet = SuperTransformer(make(model, suffix), DEPTHS, rank=2)
     t = trainer(
-        folder / name, model, suffix, train_dataset=data, per_device_train_batch_size=rows_per_process,
-        **{**STEPS, "distill_beta": [0.3], "learning_rate": 0.1, **options},
+        folder / name, model, suffix, supernet=supernet, train_dataset=data,
+        per_device_train_batch_size=rows_per_process, **{**STEPS, "distill_beta": [0.3], "learning_rate": 0.1, **options},
     )  # fmt: skip
     t.compute_loss_func = func
     t.train()

@@ -1,0 +1,88 @@
+"""The order of a super-transformer's units and layers: what matters most comes first, so that slices keep it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from mlfs.space.subnet import Subnet
+from mlfs.supernet.depth import LayerMethod, check_layer_method, rank_layers
+from mlfs.supernet.importance import Method, Scores, importance
+from mlfs.supernet.permutation import (
+    LAYERS,
+    Permutation,
+    check_permutation,
+    compose,
+    permutation_of,
+    permute,
+)
+from mlfs.supernet.recorded import Recorded, reads_record_first
+
+
+@reads_record_first
+class Ordered(Recorded):
+    """Ranks and reorders what a super-transformer is made of."""
+
+    def order(
+        self,
+        method: Method = "magnitude",
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        layers: LayerMethod = "loss",
+    ) -> None:
+        """Permutes heads, feed-forward units and the residual stream, most important first, and ranks the layers.
+
+        The full model's function stays; what each smaller subnet keeps changes. Done in place, and recorded. Layers are
+        ranked where the space says how many are kept, not which, and there are batches to measure on.
+
+        Args:
+            method, batches: see `mlfs.supernet.importance.importance`; the batches need no labels.
+            layers: how layers are ranked, see `mlfs.supernet.depth`; "even" keeps evenly spaced ones.
+
+        Raises:
+            MLFSError: as `mlfs.supernet.importance.importance`; or `layers` is no way to rank them.
+        """
+        check_layer_method(layers)
+        used = None if batches is None else list(batches)
+        permutation = permutation_of(self.importance(method, used))
+        if used is not None and layers != "even" and cast(Any, self).space.counts_layers:
+            permutation[LAYERS] = self.rank_layers(layers, used)
+        self.apply_permutation(permutation)
+
+    def importance(self, method: Method, batches: Iterable[Mapping[str, Any]] | None = None) -> Scores:
+        """Scores every unit of the whole model, whatever is active; see `mlfs.supernet.importance`."""
+        supernet = cast(Any, self)
+        with supernet.activate(supernet.space.max):
+            return importance(supernet.model, supernet.dimensions, method, batches)
+
+    def rank_layers(self, method: LayerMethod, batches: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Lists all layers, those that matter most first, and changes nothing; see `mlfs.supernet.depth`."""
+        check_layer_method(method)
+        return rank_layers(self, method, batches)
+
+    def kept_layers(self, subnet: Subnet) -> tuple[int, ...]:
+        """Lists the layers that `subnet` keeps, ascending.
+
+        Of one that says how many, those that matter most once they are ranked; before, evenly spaced ones.
+
+        Raises:
+            MLFSError: `subnet` is not in the space.
+        """
+        return cast(Any, self).layer_sizes(subnet).layers  # type: ignore[no-any-return]
+
+    def apply_permutation(self, permutation: Permutation) -> None:
+        """Reorders the units in place, and records the order.
+
+        Args:
+            permutation: for each axis that is reordered, the old index of each unit at its new place; for ("layers",
+                None), all layers, those that matter most first.
+
+        Raises:
+            MLFSError: an entry is no permutation of an axis of this model; nothing has moved then.
+        """
+        supernet = cast(Any, self)
+        check_permutation(permutation, supernet.dimensions)
+        self.fingerprint()  # of the base as it was loaded
+        merged = supernet.merged_stages
+        supernet.merge_stages(0)
+        permute(supernet.model, permutation, supernet.dimensions)
+        supernet.merge_stages(merged)
+        self.permutation = compose(self.permutation, permutation)
+        self.record.write()
