@@ -57,18 +57,19 @@ class DepthSearch:
         self.reduce = reduce if reduce is not None else (lambda total: total)
 
     @torch.no_grad()
-    def ranking(self, method: LayerMethod, least: int) -> list[int]:
+    def ranking(self, method: LayerMethod, least: int, candidates: int = CANDIDATES) -> list[int]:
         """Lists all layers, those that matter most first.
 
         Args:
             least: layers of the shallowest depth: those of it are not told apart further, and keep their order.
+            candidates: by loss, how many layers of least influence are tried each time.
         """
         kept, out = list(range(len(self.layers))), []
         found = self.measure(kept)
         for _ in tqdm(range(len(kept) - least), desc=f"layers by {method}", leave=False):
-            candidates = sorted(kept, key=found.influence.__getitem__)[: 1 if method == "influence" else CANDIDATES]
-            without = {layer: self.measure([other for other in kept if other != layer]) for layer in candidates}
-            gone = min(candidates, key=lambda layer: without[layer].loss)
+            tried = sorted(kept, key=found.influence.__getitem__)[: 1 if method == "influence" else candidates]
+            without = {layer: self.measure([other for other in kept if other != layer]) for layer in tried}
+            gone = min(tried, key=lambda layer: without[layer].loss)
             kept.remove(gone)
             out.append(gone)
             found = without[gone]
@@ -129,6 +130,25 @@ def rank_layers(
 
     Args:
         method: "influence" or "loss", as the module's documentation defines them.
+        batches, loss_of, reduce: see `depth_search`.
+
+    Raises:
+        MLFSError: no batch.
+    """
+    with depth_search(supernet, batches, loss_of, reduce) as search:
+        return search.ranking(method, least=supernet.space.min.depth)
+
+
+@contextmanager
+def depth_search(
+    supernet: Any,
+    batches: Iterable[Mapping[str, Any]],
+    loss_of: Callable[[Mapping[str, Any], OwnTargets | None], Tensor] | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[DepthSearch]:
+    """Readies a super-transformer, at full width and for evaluation, to have layers taken out inside the block.
+
+    Args:
         batches: keyword arguments of the model, of which the first are used: up to `BATCHES`, or `PREDICTIONS` labels.
         loss_of: runs the model on a batch and returns its loss; by default the model's own, or against what the
             whole model predicts where the batch has no labels.
@@ -138,13 +158,7 @@ def rank_layers(
         MLFSError: no batch.
     """
     model, full, dims = supernet.model, supernet.space.max, supernet.dimensions
-    used: list[dict[str, Any]] = []
-    for batch in itertools.islice(batches, BATCHES):
-        used.append(on_device(batch, model.device))
-        if sum(map(_predictions, used)) >= PREDICTIONS:
-            break
-    if not used:
-        raise MLFSError("no batch to rank the layers on: the calibration data is empty")
+    used = _leading(batches, model.device)
     measure = loss_of if loss_of is not None else functools.partial(loss_on, model)
     was_training = model.training
     model.eval()
@@ -156,10 +170,21 @@ def rank_layers(
                 with supernet.activate_sizes(dims.layer_sizes(replace(full, layers=kept))):
                     return measure(used[i], targets[i])
 
-            search = DepthSearch(supernet.layers, run, [batch.get("attention_mask") for batch in used], reduce)
-            return search.ranking(method, least=supernet.space.min.depth)
+            yield DepthSearch(supernet.layers, run, [batch.get("attention_mask") for batch in used], reduce)
     finally:
         model.train(was_training)
+
+
+def _leading(batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Takes the batches that are enough to tell depths apart."""
+    used: list[dict[str, Any]] = []
+    for batch in itertools.islice(batches, BATCHES):
+        used.append(on_device(batch, device))
+        if sum(map(_predictions, used)) >= PREDICTIONS:
+            break
+    if not used:
+        raise MLFSError("no batch to rank the layers on: the calibration data is empty")
+    return used
 
 
 def _targets(model: PreTrainedModel, batch: Mapping[str, Any], seed: int) -> OwnTargets:
