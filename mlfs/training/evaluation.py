@@ -81,16 +81,17 @@ class PaletteTrainer(Trainer):
         palette = self.subnets_to_evaluate()
         # A loader draws a number each time it is gone through. Training goes on with the numbers it would have had with
         # one evaluation of one model, as by Trainer: else the sizes of the palette would change what is learned.
-        before = torch.get_rng_state()
+        before, draws = torch.get_rng_state(), [(g, g.get_state()) for g in _generators(loader)]
         batch = self._prepare_inputs(dict(next(iter(loader))))
         sample = without_labels(self.supernet.model, batch, self.label_names)
-        torch.set_rng_state(before)
         ignored = [*(ignore_keys or []), "hidden_states", "attentions", "past_key_values"]
         metrics = {}
         values: dict[str, list[float]] = {}  # of each metric, over the subnets
         for name, subnet in palette.items():
             prefix = f"{metric_key_prefix}_{name}"
             torch.set_rng_state(before)
+            for generator, state in draws:
+                generator.set_state(state)
             with self.supernet.activate(subnet):
                 scores = self._score(loader, f"Evaluation of {name} ({subnet})", ignored, prefix)
                 cost = {"latency": latency(self.model, sample)}
@@ -138,3 +139,19 @@ class PaletteTrainer(Trainer):
                 sizes = replace(subnet, layers=self.supernet.kept_layers(subnet)).to_dict()
                 rows.append({"name": name, "subnet": str(subnet), "sizes": sizes, **found})
         return rows
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Collects the generators that the order of a loader's batches comes from, beside PyTorch's global one."""
+    found: dict[int, torch.Generator] = {}
+    parts, seen = [loader], set()
+    while parts:
+        part = parts.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        for name in ("generator", "synchronized_generator"):
+            if isinstance(generator := getattr(part, name, None), torch.Generator):
+                found[id(generator)] = generator
+        parts += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
+    return list(found.values())

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+from mlfs.training.distributed import average
 
 
 class RunningMeans:
@@ -22,8 +25,11 @@ class RunningMeans:
             else:
                 self.sums[name], self.counts[name] = value, 1
 
-    def take(self) -> dict[str, float]:
-        """Returns the means in the order of their names, and starts anew."""
-        means = {name: (self.sums[name] / self.counts[name]).item() for name in sorted(self.sums)}
+    def take(self, processes: int = 1) -> dict[str, float]:
+        """Returns the means in the order of their names, over all processes, and starts anew."""
+        names = sorted(self.sums)
+        means = [(self.sums[name] / self.counts[name]).double() for name in names]
+        if processes > 1 and names:
+            means = list(average(torch.stack(means), processes))
         self.sums, self.counts = {}, {}
-        return means
+        return {name: mean.item() for name, mean in zip(names, means, strict=True)}

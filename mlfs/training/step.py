@@ -82,7 +82,8 @@ class SubnetTrainer(PaletteTrainer):
         self._update_follows = self.accelerator.sync_gradients
         if self.accelerator.sync_gradients:
             average_gradients(self._optimized_parameters(), self.accelerator.num_processes)
-        self._add_to_means(subnets, losses)
+            self._check_gradients(subnets)
+        self._add_to_means(subnets, losses, batch.accumulation)
         weighted = torch.stack([found.loss for found in losses]) * torch.tensor(weights, device=self.args.device)
         return weighted.sum() / batch.accumulation.divisor
 
@@ -213,8 +214,10 @@ class SubnetTrainer(PaletteTrainer):
         assert self.optimizer is not None
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _add_to_means(self, subnets: list[Subnet], losses: list[LossOfSubnet]) -> None:
+    def _add_to_means(self, subnets: list[Subnet], losses: list[LossOfSubnet], accumulation: Accumulation) -> None:
         """Adds the parts of each loss to the means of its kind of subnet: max, min or the rest."""
+        # where each of the accumulated batches gives its share of the step's loss, their mean has to be their sum
+        scale = accumulation.batches if accumulation.is_scaled else 1
         space = self.supernet.space
         smallest = space.min if self.stage == 2 else narrowest(space, depth=0)
         for i, (subnet, found) in enumerate(zip(subnets, losses, strict=True)):
@@ -223,17 +226,30 @@ class SubnetTrainer(PaletteTrainer):
                 kind = "max"
             elif subnet == smallest:
                 kind = "min"
-            self.means.add(found.parts, prefix=f"{kind}_")
+            self.means.add({name: part * scale for name, part in found.parts.items()}, prefix=f"{kind}_")
 
     def _check_finite(self, subnets: list[Subnet], losses: list[LossOfSubnet]) -> None:
         """Stops the run, and says what is left of it, if a loss is NaN or infinite."""
         faulty = [subnet for subnet, found in zip(subnets, losses, strict=True) if not torch.isfinite(found.loss)]
-        if not faulty:
+        if faulty:
+            raise self._not_finite("the loss", self.state.global_step + 1, f"subnet {faulty[0]}")
+
+    def _check_gradients(self, subnets: list[Subnet]) -> None:
+        """Stops the run before an update by a gradient that is NaN or infinite, which no loss has shown.
+
+        A scaler of the loss, as for fp16, makes such gradients itself now and then, and passes the update over.
+        """
+        if getattr(self.accelerator, "scaler", None) is not None:
             return
+        gradients = [p.grad for p in self._optimized_parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            of_which = f"subnets {', '.join(map(str, subnets))}"
+            raise self._not_finite("a gradient", self.state.global_step + 1, of_which)
+
+    def _not_finite(self, what: str, step: int, of_which: str) -> MLFSError:
         last = last_checkpoint(Path(self._get_output_dir(trial=None)))
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
-        raise MLFSError(
-            f"the loss became NaN or infinite at stage {self.stage}, step {self.state.global_step + 1}, subnet "
-            f"{faulty[0]}; {kept}. Resume with a lower learning rate (now {self._get_learning_rate():.3g}), or check "
-            "the data"
+        return MLFSError(
+            f"{what} became NaN or infinite at stage {self.stage}, step {step}, {of_which}; {kept}. "
+            f"Resume with a lower learning rate (now {self._get_learning_rate():.3g}), or check the data"
         )

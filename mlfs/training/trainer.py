@@ -89,7 +89,8 @@ class MLFSTrainer(SubnetTrainer):
             raise MLFSError(
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
-        super().__init__(model, args, **kwargs)
+        with _some_length(args):
+            super().__init__(model, args, **kwargs)
         self.control = TrainerControl(**self.control.state()["args"])
         with_stage_flow(self.callback_handler)
         self._step_offset = 0  # optimizer steps of the stages before
@@ -238,6 +239,7 @@ class MLFSTrainer(SubnetTrainer):
         for name in ("forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)
         self.supernet.merge_stages(0)
+        self._check_weights()
         folder = stage_folder(self.run_folder, self.stage)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +280,7 @@ class MLFSTrainer(SubnetTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the stage and the mean losses of maxnet, minnet and the rest; steps count on through the stages."""
         if "loss" in logs:
-            logs |= self.means.take()
+            logs |= self.means.take(self.accelerator.num_processes)
         if self.is_in_train:
             logs["stage"] = self.stage
         self.state.global_step += self._step_offset
@@ -319,6 +321,7 @@ class MLFSTrainer(SubnetTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._check_weights()
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, and not whole, or it would be read
         self.accelerator.wait_for_everyone()
@@ -335,6 +338,12 @@ class MLFSTrainer(SubnetTrainer):
             self.args.save_total_limit = limit
         if self.args.should_save:  # older ones go once this one is whole
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _check_weights(self) -> None:
+        """Stops the run before weights are saved that are NaN or infinite: what is saved, a run can go on from."""
+        parameters = self.supernet.own_parameters()
+        if faulty := next((name for name, p in parameters.items() if not p.detach().isfinite().all()), None):
+            raise self._not_finite(f"the weight {faulty}", self.state.global_step, "and is not saved")
 
     def _list_files(self, checkpoint: Path) -> None:
         """Writes the list of a checkpoint's files, once every process has written its own."""
@@ -411,3 +420,15 @@ def _no_pickle(checkpoint: str | None) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         first = str(error).strip().partition("\n")[0]
         raise MLFSError(f"{checkpoint} holds more than tensors, which is not loaded: {first}") from None
+
+
+@contextlib.contextmanager
+def _some_length(args: MLFSArguments) -> Iterator[None]:
+    """Has the arguments name a number of steps where `stage_steps` does: a Trainer of a stream asks for one at once."""
+    steps = args.max_steps
+    if args.stage_steps and steps <= 0:
+        args.max_steps = int(args.stage_steps[0])
+    try:
+        yield
+    finally:
+        args.max_steps = steps

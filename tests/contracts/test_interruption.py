@@ -22,8 +22,9 @@ CUT_OFF: list[Row] = [
         "`kill -9` at any operation on a file of the run, then `--resume_from_checkpoint true`",
         "ends as a run that was left alone, bit for bit on a CPU: weights, optimizer, logs, results; "
         "times and `train_loss` apart",
-        "each file is written under another name and renamed; a checkpoint's list of files comes last. `train_loss` "
-        "is transformers' mean over the steps of one process",
+        "each file is written under another name and renamed; a checkpoint's list of files comes last. `train_loss`, "
+        "and the mean losses of a log whose steps lie on both sides of the checkpoint, are transformers' over the "
+        "steps of one process",
         f"{SOAK}::test_a_run_killed_at_any_of_its_file_operations_resumes_bit_for_bit",
     ),
     (
@@ -34,7 +35,7 @@ CUT_OFF: list[Row] = [
     ),
     (
         "killed between the last checkpoint of a stage and its end",
-        "the stage ends there; an evaluation that was due at the end of the epoch is not made up for",
+        "the stage ends there; an evaluation or a log that was due at the end of the epoch is not made up for",
         "transformers would take a step before it asks whether that was the last one",
         f"{RESUMING}::test_a_stage_that_was_cut_off_at_its_end_takes_no_further_step",
     ),

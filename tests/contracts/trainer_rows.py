@@ -279,6 +279,9 @@ this says what it does. "{SAME}" is tested: stage 0 and `Trainer` train one supe
 weights, data and seed, and end with the same bits (in bf16: to rounding), the same logs and the same calls of
 callbacks. "{UNUSED}" is handed to Trainer unchanged, and needs what the tests have not: GPUs, several machines,
 services. Stages 1 and 2 are runs of the same kind, of several sizes a step.
+
+Encoders that run fused skip the padding of a batch (`mlfs.without_padding`): with dropout they draw other masks than
+Trainer's model would, and what `predict` gives at padded positions is nobody's business and differs.
 """,
         [
             ("Options", heads, cells(FIELDS + OPTIMIZERS)),

@@ -181,6 +181,21 @@ def test_no_row_that_counts_is_zero_with_a_zero_gradient(head):
     assert dx.shape == head.x.shape and not dx.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_what_lies_in_fresh_memory_does_not_count(dtype, teacher):
+    """Rows of an odd vocabulary are padded; oneDNN's bf16 products on AMX read the padding."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills memory that is not written with NaN
+    try:
+        for tokens, vocabulary in ((17, 61), (40, 61), (40, 1027)):
+            head = example((tokens,), (48, 64), vocabulary, dtype=torch.float32, teacher=teacher, ignored=0.0)
+            found = head.to(dtype).with_gradient(head_loss)
+            assert all(t.isfinite().all() for t in found)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
 def test_sums_are_taken_in_fp32(dtype, tolerance):
     head = example(shape=(40,), vocabulary=301, widths=(24, 32), dtype=torch.float32).to(dtype)

@@ -50,6 +50,7 @@ def mlfs_and_plain(
             "report_to", "use_cpu", "disable_tqdm", "per_device_train_batch_size", "per_device_eval_batch_size",
             "learning_rate", "logging_steps", "save_strategy", "max_grad_norm", "train_sampling_strategy",
             "gradient_accumulation_steps", "label_smoothing_factor", "remove_unused_columns", "label_names",
+            "length_column_name", "dataloader_drop_last",
         )},
         output_dir=str(folder / "plain"),
         max_steps=base.args.of_stage("stage_steps", 0, -1), dataloader_pin_memory=False,

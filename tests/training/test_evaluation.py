@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import default_data_collator
 
 from tests.trainers import rows, trainer
 from tests.training.plain import mlfs_and_plain
@@ -47,3 +49,32 @@ def test_the_best_model_may_be_that_of_one_of_several_sets(tmp_path: Path) -> No
 def test_an_evaluation_set_of_the_trainer_is_known_by_its_name(tmp_path: Path) -> None:
     t = trainer(tmp_path, eval_dataset=SETS)
     assert t.evaluate("far", metric_key_prefix="eval_far")["eval_far_loss"] == t.evaluate()["eval_far_loss"]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_size_sees_the_batches_that_plain_trainer_would(drop_last: bool, tmp_path: Path) -> None:
+    """Also where their order is drawn anew each time, as in batches of like lengths."""
+    seen: list[list[int]] = []
+
+    def noted(examples: list[dict[str, object]]) -> dict[str, torch.Tensor]:
+        seen.append([example["input_ids"][1] for example in examples])  # type: ignore[index]
+        return default_data_collator(examples)
+
+    data = rows(23, 1).map(lambda row, i: {"size": i % 5}, with_indices=True)
+    ours, plain = mlfs_and_plain(
+        tmp_path, "bert", "ForSequenceClassification", eval_dataset=data, per_device_eval_batch_size=4,
+        train_sampling_strategy="group_by_length", length_column_name="size", dataloader_drop_last=drop_last,
+    )  # fmt: skip
+    ours.data_collator = plain.data_collator = noted
+    orders = []
+    for t in (plain, ours):
+        seen.clear()
+        torch.manual_seed(3)
+        t.evaluate()
+        orders.append([list(batch) for batch in seen])
+    expected, found = orders
+    assert len(expected) == (5 if drop_last else 6)
+    looked_at = len(found) - len(ours.palette) * len(expected)  # before: to see what a batch looks like
+    for i in range(len(ours.palette)):
+        start = looked_at + i * len(expected)
+        assert found[start : start + len(expected)] == expected
