@@ -7,6 +7,7 @@ Scores, per unit u:
     gradient    Σ_sequences |Σ_tokens x_u · ∂L/∂x_u| over the same             (Michel et al., arXiv 1905.10650)
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -136,15 +137,19 @@ def _scoring_inputs(
 
             x.register_hook(collect)
 
+    @functools.cache
+    def weight_norm(module: ElasticLinear) -> Tensor:
+        return module.merged_weight().double().norm(dim=0)  # (columns,)
+
     def finish_batch() -> None:
         norms = [norm for _, norm in seen]
         if sum_over_processes is not None and norms:
             total = sum_over_processes(torch.cat(norms).pow(2)).sqrt()
             norms = list(total.split([len(norm) for norm in norms]))
         for (module, _), norm in zip(seen, norms, strict=True):
-            size, weight = module.axes().input, module.merged_weight().double()  # (rows, columns)
+            size = module.axes().input
             assert size is not None
-            _add_numbers(scores, size, norm * weight.norm(dim=0), dims)
+            _add_numbers(scores, size, norm * weight_norm(module), dims)
         seen.clear()
 
     for module in model.modules():
