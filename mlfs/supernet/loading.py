@@ -11,6 +11,7 @@ from mlfs.errors import MLFSError
 from mlfs.supernet.base import as_in_base, check_config, check_constants, constants
 from mlfs.supernet.checkpoint import SavedState
 from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
+from mlfs.supernet.permutation import difference
 
 
 def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -> Fingerprint:
@@ -51,6 +52,30 @@ def without_owned(found: Fingerprint, state: SavedState) -> Fingerprint:
         for name, hashes in found.items()
         if name in state.fingerprint or not owned & {name, name.rpartition(".")[0]}
     }
+
+
+def restore_order(supernet: Any, state: SavedState, place: object) -> None:
+    """Rotates the residual stream and orders the units as in a saved super-transformer of the same base.
+
+    Args:
+        place: where the run is, for the message.
+
+    Raises:
+        MLFSError: `supernet` is rotated already, and not as in `state`, which cannot be undone; nothing has changed.
+    """
+    have, want = supernet.rotation, state.rotation
+    if have is not None and (want is None or not torch.equal(have, want)):
+        raise MLFSError(
+            f"the residual stream is rotated already, in {place} {'not' if want is None else 'by another matrix'}: "
+            "restore into a super-transformer of the base loaded anew"
+        )
+    if want is not None and have is None:
+        if supernet.permutation:  # the matrix is for the base's own order
+            supernet.apply_permutation(difference(supernet.permutation, {}))
+        supernet.apply_rotation(want)
+    if state.permutation != supernet.permutation:
+        supernet.apply_permutation(difference(supernet.permutation, state.permutation))
+        supernet.permutation = state.permutation
 
 
 def load_parameters(supernet: Any, state: SavedState, place: object) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import find_labels
 
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear, train_stage
@@ -37,16 +38,17 @@ from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
 from mlfs.supernet.fingerprint import Fingerprint, check_base
 from mlfs.supernet.importance import Method, Scores, importance
-from mlfs.supernet.loading import check_whole_base, load_parameters, without_owned
+from mlfs.supernet.loading import check_whole_base, load_parameters, restore_order, without_owned
+from mlfs.supernet.moments import rotate_by_batches
 from mlfs.supernet.permutation import (
     Permutation,
     check_permutation,
     compose,
-    difference,
     permutation_of,
     permute,
 )
 from mlfs.supernet.recorded import Recorded, reads_record_first
+from mlfs.supernet.rotation import apply_rotation, check_rotatable, check_rotation
 from mlfs.supernet.watch import watch_next_optimizer
 
 
@@ -89,6 +91,8 @@ class SuperTransformer(Recorded):
         self.base_name = recorded_name(model.name_or_path if base_name is None else base_name)
         self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
+        self.rotation = None
+        self._base_ties = getattr(model.config, "tie_word_embeddings", None)  # as it was loaded
         self.base_vocabulary = vocabulary_of_base(model)
         self.new_parameters = new_parameters(model)
         self.base_constants = constants(model)
@@ -256,13 +260,21 @@ class SuperTransformer(Recorded):
 
     # ---- order of the units -----------------------------------------------------------------------------------------
 
-    def order(self, method: Method = "magnitude", batches: Iterable[Mapping[str, Any]] | None = None) -> None:
-        """Permutes heads, feed-forward units and the residual stream, most important first.
+    def order(
+        self,
+        method: Method | Literal["rotation"] = "magnitude",
+        batches: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Permutes heads, feed-forward units and the residual stream, most important first; by "rotation" the stream
+        is rotated to its principal axes (`apply_rotation`), and the rest ordered by gradient, or by activation where
+        the batches have no labels.
 
         The full model's function stays; what each smaller subnet keeps changes. Done in place, and recorded.
 
-        Arguments and errors: as `mlfs.supernet.importance.importance`.
+        Arguments and errors: as `mlfs.supernet.importance.importance`; for "rotation" also as `apply_rotation`.
         """
+        if method == "rotation":
+            return rotate_by_batches(self, batches, find_labels(type(self.model)))
         self.apply_permutation(permutation_of(self.importance(method, batches)))
 
     def importance(self, method: Method, batches: Iterable[Mapping[str, Any]] | None = None) -> Scores:
@@ -286,6 +298,30 @@ class SuperTransformer(Recorded):
         permute(self.model, permutation, self.dimensions)
         self.merge_stages(merged)
         self.permutation = compose(self.permutation, permutation)
+        if self.rotation is not None and (order := self.permutation.pop(("hidden", None), None)):
+            self.rotation = self.rotation[:, order]
+        self.record.write()
+
+    def apply_rotation(self, matrix: Tensor) -> None:
+        """Rotates the residual stream in place, and records it; a head that is tied to the embedding is untied.
+
+        The weights of the RMSNorms are folded into the projections that they feed, and are 1 then. The full model's
+        function stays, up to rounding.
+
+        Args:
+            matrix: (hidden, hidden) orthogonal, floating-point; new numbers are x · matrix. Recorded in fp32.
+
+        Raises:
+            MLFSError: the model is of a family that cannot be rotated, is rotated already, or has norms that train; or
+                the matrix is not orthogonal. Nothing has changed then.
+        """
+        check_rotatable(self)
+        check_rotation(matrix, self.dimensions)
+        self.fingerprint()  # of the base as it was loaded
+        merged = self.merged_stages
+        self.merge_stages(0)
+        apply_rotation(self, matrix)
+        self.merge_stages(merged)
         self.record.write()
 
     # ---- what is whose ----------------------------------------------------------------------------------------------
@@ -334,16 +370,16 @@ class SuperTransformer(Recorded):
         Raises:
             MLFSError: `path` is a file, or cannot be written.
         """
-        found, config = self.fingerprint(), self.model.config
+        found = self.fingerprint()
         state = SavedState(
             base_name=self.base_name,
             hub_name=self.hub_name,
-            revision=getattr(config, "_commit_hash", None),
+            revision=getattr(self.model.config, "_commit_hash", None),
             fingerprint=found,
             constants=self.base_constants,
             vocabulary=self.base_vocabulary,
             architecture=type(self.model).__name__,
-            config=config.to_dict(),
+            config=self._config_as_loaded(),
             space=self.space.to_dict(),
             rank=self.rank,
             stages=self.stages,
@@ -351,6 +387,7 @@ class SuperTransformer(Recorded):
             trained_stages=self.trained_stages,
             owned=sorted({*self.owned_modules(), *self.new_parameters}),
             permutation=self.permutation,
+            rotation=self.rotation,
             parameters=self.own_parameters() | self.added_rows(),
         )
         write_state(state, Path(path))
@@ -383,8 +420,7 @@ class SuperTransformer(Recorded):
         supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
         supernet.hub_name = supernet.hub_name or state.hub_name
         supernet.base_vocabulary, supernet._fingerprint = state.vocabulary, found
-        if state.permutation:
-            supernet.apply_permutation(state.permutation)
+        restore_order(supernet, state, path)
         load_parameters(supernet, state, path)
         return supernet
 
@@ -392,7 +428,8 @@ class SuperTransformer(Recorded):
         """Loads, in place, what `save_pretrained` wrote of a super-transformer of the same base and shape.
 
         Raises:
-            MLFSError: the folder is missing, half-written or changed, or holds another base, space or rank.
+            MLFSError: the folder is missing, half-written or changed, or holds another base, space or rank; or the
+                super-transformer is rotated, and not as there.
         """
         state = read_state(Path(path))
         saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
@@ -401,13 +438,16 @@ class SuperTransformer(Recorded):
             raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
         found = without_owned(self.fingerprint(), state)
         check_base(found, state.fingerprint, self.model.dtype, state.base_name, path)
-        check_config(self.model.config.to_dict(), state.config, path)
+        check_config(self._config_as_loaded(), state.config, path)
         check_constants(self.base_constants, state.constants, self.model.dtype, path)
-        if state.permutation != self.permutation:
-            self.apply_permutation(difference(self.permutation, state.permutation))
-            self.permutation = state.permutation
+        restore_order(self, state, path)
         self._fingerprint = found
         load_parameters(self, state, path)
+
+    def _config_as_loaded(self) -> dict[str, Any]:
+        """The configuration as that of the base, whose head was tied perhaps."""
+        config = self.model.config.to_dict()
+        return config if self._base_ties is None else {**config, "tie_word_embeddings": self._base_ties}
 
     def owned_modules(self) -> Iterator[str]:
         """Yields the names of the modules whose weights belong to the run."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from mlfs.elastic.guard import Guarded
 from mlfs.elastic.linear import ElasticLinear
@@ -28,6 +29,8 @@ class Recorded(Guarded):
 
     Attributes:
         permutation: the order of the units, against the base.
+        rotation: (hidden, hidden) float32 on the CPU, what the base's residual stream was rotated by before heads and
+            feed-forward units were ordered; the permutation has no entry for hidden then. None if it was not.
         new_parameters: names of parameters that are not as in the base's checkpoint, and so belong to the run.
         base_vocabulary: how many tokens the base has; None if it is as many as the model.
     """
@@ -42,6 +45,15 @@ class Recorded(Guarded):
     @permutation.setter
     def permutation(self, value: Permutation) -> None:
         self._permutation = value
+
+    @property
+    def rotation(self) -> Tensor | None:
+        look(self)
+        return self._rotation
+
+    @rotation.setter
+    def rotation(self, value: Tensor | None) -> None:
+        self._rotation = value
 
     @property
     def new_parameters(self) -> set[str]:

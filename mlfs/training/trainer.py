@@ -28,11 +28,13 @@ from mlfs.space.subnet import Subnet
 from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import permutation_of
+from mlfs.supernet.rotation import check_rotatable
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 from mlfs.training.ranking import rank_units
 from mlfs.training.refused import check_arguments, refuse
+from mlfs.training.rotating import rotate_units
 from mlfs.training.runs import (
     LOGS_NAME,
     ResumePoint,
@@ -89,6 +91,8 @@ class MLFSTrainer(SubnetTrainer):
             raise MLFSError(
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
+        if args.order == "rotation" and model.rotation is None:
+            check_rotatable(model)
         super().__init__(model, args, **kwargs)
         self.control = TrainerControl(**self.control.state()["args"])
         with_stage_flow(self.callback_handler)
@@ -204,7 +208,8 @@ class MLFSTrainer(SubnetTrainer):
         set_seed(args.seed + stage)
         self.supernet.merge_stages(0)
         self.supernet.train_stage(None)
-        if fresh and stage > 0 and args.order != "none" and not self.supernet.permutation:
+        is_ordered = self.supernet.permutation or self.supernet.rotation is not None
+        if fresh and stage > 0 and args.order != "none" and not is_ordered:
             self._order()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
@@ -252,6 +257,8 @@ class MLFSTrainer(SubnetTrainer):
         """Ranks the units by the first training batches, and orders them so."""
         batches = itertools.islice(iter(self.get_train_dataloader()), self.args.order_batches)
         prepared = (self._prepare_inputs(dict(batch)) for batch in batches)
+        if self.args.order == "rotation":
+            return rotate_units(self, prepared)
         scores = rank_units(self, self.args.order, prepared)  # type: ignore[arg-type]
         self.supernet.apply_permutation(permutation_of(scores))
 
