@@ -203,7 +203,7 @@ class Record(nn.Module):
         supernet.permutation, supernet.rotation = permutation, rotation
         supernet.base_vocabulary = int(self.vocabulary.item()) or None
         new = {name for name, code in whose.items() if code == _NEW}
-        supernet.new_parameters = new | {name for name, first in self.untied.items() if first in new}
+        supernet.new_parameters = self.with_untied(new)
         supernet._fingerprint = self._hashes(whose)
         for name, module in supernet.model.named_modules():
             if isinstance(module, Elastic):
@@ -236,8 +236,8 @@ class Record(nn.Module):
             return
         if self.rotation.numel() and not self._holds_rotation(state, prefix):
             raise MLFSError(
-                "the state dict is of a super-transformer whose residual stream is not rotated, and this one's is: load "
-                "it into one of the base loaded anew"
+                "the state dict is of a super-transformer whose residual stream is not rotated, and this one's is: "
+                "load it into one of the base loaded anew"
             )
         found = _whole(state[own + "settings"], torch.uint8).cpu()
         names = zip(_SETTINGS, found, _settings(supernet), strict=True)
@@ -257,6 +257,10 @@ class Record(nn.Module):
         """Gives each head that is tied to the embedding a matrix of its own, as before a rotation."""
         for name in untie_heads(self._supernet):
             self.untied[name] = self.ties.pop(name)
+
+    def with_untied(self, names: set[str]) -> set[str]:
+        """Adds to names of parameters those that were tied to one of them before the rotation."""
+        return names | {name for name, first in self.untied.items() if first in names}
 
     def _holds_rotation(self, state: Mapping[str, Any], prefix: str) -> bool:
         stored = state.get(f"{prefix}{NAME}.rotation")

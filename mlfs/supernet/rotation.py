@@ -38,7 +38,7 @@ def apply_rotation(supernet: Any, matrix: Tensor) -> None:
 
     Args:
         supernet: one that passes `check_rotatable`, and that nothing is merged in; its record is not written yet.
-        matrix: one that passes `check_rotation`, from the numbers of the stream as they are ordered now to the new ones.
+        matrix: one that passes `check_rotation`, for the numbers of the stream as they are ordered now.
     """
     dims: Dimensions = supernet.dimensions
     norm_of = norms_of_readers(supernet.model, supernet.family, dims)
@@ -46,8 +46,9 @@ def apply_rotation(supernet: Any, matrix: Tensor) -> None:
     rotation = torch.empty(dims.hidden, dims.hidden)
     rotation[order] = matrix.detach().to("cpu", torch.float32)
     permute(supernet.model, difference(supernet.permutation, {}), dims)
-    supernet.new_parameters = _with_folded(supernet, norm_of)
+    new = _with_folded(supernet, norm_of)
     supernet.record.untie()
+    supernet.new_parameters = supernet.record.with_untied(new)
     rotate(supernet.model, norm_of, rotation)
     supernet.permutation = {key: value for key, value in supernet.permutation.items() if key[0] != "hidden"}
     permute(supernet.model, supernet.permutation, dims)

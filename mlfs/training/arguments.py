@@ -142,7 +142,9 @@ class MLFSArguments(TrainingArguments):
             if value not in known:
                 raise MLFSError(f"{name}={value!r}: expected one of {', '.join(known)}")
         if self.order == "rotation" and self.train_norms:
-            raise MLFSError("order='rotation' folds the weights of norms away, which train_norms trains: take one of both")
+            raise MLFSError(
+                "order='rotation' folds the weights of norms away, which train_norms trains: take one of both"
+            )
 
     def _check_palette(self) -> None:
         if self.palette is None:

@@ -104,7 +104,7 @@ def test_a_run_of_format_1_loads_as_it_was(saved):
     twin = load(folder)
     assert twin.permutation == supernet.permutation and torch.equal(logits(twin), logits(supernet))
     twin.save_pretrained(folder)
-    assert json.loads((folder / "mlfs.json").read_text())["format"] == 3
+    assert json.loads((folder / "mlfs.json").read_text())["format"] == 4
     assert load(folder).permutation == supernet.permutation
 
 
@@ -202,7 +202,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "json lacks its checksum": (lambda f: edit(f, lambda s: s.pop("checksum")), r"lacks \['checksum'\]"),
     "newer format": (
         lambda f: edit(f, lambda s: (s.pop("space"), s.update(format=99))),
-        "has format 99, this version reads 1 to 3",
+        "has format 99, this version reads 1 to 4",
     ),
     "other alpha": (lambda f: edit(f, lambda s: s.update(alpha=99.0)), r"mlfs\.json is not what was saved"),
     "other rank": (lambda f: edit(f, lambda s: s.update(rank=2)), r"mlfs\.json is not what was saved"),
