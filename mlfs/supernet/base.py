@@ -94,6 +94,12 @@ def config_of_base(config: Mapping[str, Any], vocabulary: int | None) -> dict[st
     return {**config, **beyond, "vocab_size": vocabulary}
 
 
+def config_as_loaded(supernet: Any) -> dict[str, Any]:
+    """Makes the configuration of a super-transformer's base, whose head was tied, perhaps, before it was rotated."""
+    config = supernet.model.config.to_dict()
+    return config if supernet.base_ties is None else {**config, "tie_word_embeddings": supernet.base_ties}
+
+
 # ---- what is not as it was loaded -----------------------------------------------------------------------------------
 
 

@@ -3,8 +3,8 @@
 `mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
 one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
 
-Format 4 may have a rotation of the residual stream. Format 3 says what the base computes with beside its parameters, and
-how many tokens it has if the model has others; and it may own single parameters, not only modules. Formats 3 and 2,
+Format 4 may have a rotation of the residual stream. Format 3 says what the base computes with beside its parameters,
+and how many tokens it has if the model has others; and it may own single parameters, not only modules. Formats 3 and 2,
 without these, and format 1, which had the permutation in the JSON instead of int32 tensors, are still read.
 """
 

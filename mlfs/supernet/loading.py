@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.errors import MLFSError
-from mlfs.supernet.base import as_in_base, check_config, check_constants, constants
+from mlfs.supernet.base import as_in_base, check_config, check_constants, config_as_loaded, constants
 from mlfs.supernet.checkpoint import SavedState
 from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
 from mlfs.supernet.permutation import difference
@@ -41,6 +41,26 @@ def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -
     check_base(found, state.fingerprint, model.dtype, state.base_name, place)
     check_config(model.config.to_dict(), state.config, place)
     check_constants(constants(model), state.constants, model.dtype, place)
+    return found
+
+
+def check_same(supernet: Any, state: SavedState, place: object) -> Fingerprint:
+    """Checks that a saved super-transformer has the base, space and rank of the one that is there.
+
+    Returns:
+        The fingerprint of the base, without what the saved one owns.
+
+    Raises:
+        MLFSError: it has others.
+    """
+    saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
+    own = {"space": supernet.space.to_dict(), **{key: getattr(supernet, key) for key in ("rank", "stages", "alpha")}}
+    if odd := [key for key in own if saved[key] != own[key]]:
+        raise MLFSError(f"{place} was saved with another {', '.join(odd)}: resume with the options of that run")
+    found = without_owned(supernet.fingerprint(), state)
+    check_base(found, state.fingerprint, supernet.model.dtype, state.base_name, place)
+    check_config(config_as_loaded(supernet), state.config, place)
+    check_constants(supernet.base_constants, state.constants, supernet.model.dtype, place)
     return found
 
 

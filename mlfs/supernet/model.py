@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,8 +24,7 @@ from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import (
-    check_config,
-    check_constants,
+    config_as_loaded,
     constants,
     new_parameters,
     vocabulary_of_base,
@@ -36,10 +35,10 @@ from mlfs.supernet.checkpoint import SavedState, read_state, write_state
 from mlfs.supernet.classes import hold, show_signature
 from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
-from mlfs.supernet.fingerprint import Fingerprint, check_base
+from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.importance import Method, Scores, importance
-from mlfs.supernet.loading import check_whole_base, load_parameters, restore_order, without_owned
-from mlfs.supernet.moments import rotate_by_batches
+from mlfs.supernet.loading import check_same, check_whole_base, load_parameters, restore_order
+from mlfs.supernet.moments import Order, rotate_by_batches
 from mlfs.supernet.permutation import (
     Permutation,
     check_permutation,
@@ -48,7 +47,7 @@ from mlfs.supernet.permutation import (
     permute,
 )
 from mlfs.supernet.recorded import Recorded, reads_record_first
-from mlfs.supernet.rotation import apply_rotation, check_rotatable, check_rotation
+from mlfs.supernet.rotation import apply_rotation
 from mlfs.supernet.watch import watch_next_optimizer
 
 
@@ -92,7 +91,7 @@ class SuperTransformer(Recorded):
         self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
         self.rotation = None
-        self._base_ties = getattr(model.config, "tie_word_embeddings", None)  # as it was loaded
+        self.base_ties = getattr(model.config, "tie_word_embeddings", None)
         self.base_vocabulary = vocabulary_of_base(model)
         self.new_parameters = new_parameters(model)
         self.base_constants = constants(model)
@@ -260,11 +259,7 @@ class SuperTransformer(Recorded):
 
     # ---- order of the units -----------------------------------------------------------------------------------------
 
-    def order(
-        self,
-        method: Method | Literal["rotation"] = "magnitude",
-        batches: Iterable[Mapping[str, Any]] | None = None,
-    ) -> None:
+    def order(self, method: Order = "magnitude", batches: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Permutes heads, feed-forward units and the residual stream, most important first; by "rotation" the stream
         is rotated to its principal axes (`apply_rotation`), and the rest ordered by gradient, or by activation where
         the batches have no labels.
@@ -315,14 +310,7 @@ class SuperTransformer(Recorded):
             MLFSError: the model is of a family that cannot be rotated, is rotated already, or has norms that train; or
                 the matrix is not orthogonal. Nothing has changed then.
         """
-        check_rotatable(self)
-        check_rotation(matrix, self.dimensions)
-        self.fingerprint()  # of the base as it was loaded
-        merged = self.merged_stages
-        self.merge_stages(0)
         apply_rotation(self, matrix)
-        self.merge_stages(merged)
-        self.record.write()
 
     # ---- what is whose ----------------------------------------------------------------------------------------------
 
@@ -379,7 +367,7 @@ class SuperTransformer(Recorded):
             constants=self.base_constants,
             vocabulary=self.base_vocabulary,
             architecture=type(self.model).__name__,
-            config=self._config_as_loaded(),
+            config=config_as_loaded(self),
             space=self.space.to_dict(),
             rank=self.rank,
             stages=self.stages,
@@ -432,22 +420,10 @@ class SuperTransformer(Recorded):
                 super-transformer is rotated, and not as there.
         """
         state = read_state(Path(path))
-        saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
-        own = {"space": self.space.to_dict(), "rank": self.rank, "stages": self.stages, "alpha": self.alpha}
-        if odd := [key for key in own if saved[key] != own[key]]:
-            raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
-        found = without_owned(self.fingerprint(), state)
-        check_base(found, state.fingerprint, self.model.dtype, state.base_name, path)
-        check_config(self._config_as_loaded(), state.config, path)
-        check_constants(self.base_constants, state.constants, self.model.dtype, path)
+        found = check_same(self, state, path)
         restore_order(self, state, path)
         self._fingerprint = found
         load_parameters(self, state, path)
-
-    def _config_as_loaded(self) -> dict[str, Any]:
-        """The configuration as that of the base, whose head was tied perhaps."""
-        config = self.model.config.to_dict()
-        return config if self._base_ties is None else {**config, "tie_word_embeddings": self._base_ties}
 
     def owned_modules(self) -> Iterator[str]:
         """Yields the names of the modules whose weights belong to the run."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from mlfs.models.residual import norms_of_readers
 from mlfs.supernet.importance import Method
 from mlfs.supernet.permutation import permutation_of
 from mlfs.supernet.rotation import check_rotatable
+
+Order = Method | Literal["rotation"]
 
 
 def rotate_by_batches(supernet: Any, batches: Iterable[Mapping[str, Any]] | None, label_names: Iterable[str]) -> None:

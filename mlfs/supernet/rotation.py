@@ -31,16 +31,23 @@ _TOLERANCE = 1e-3  # by how much QᵀQ may differ from the identity, in any numb
 
 
 def apply_rotation(supernet: Any, matrix: Tensor) -> None:
-    """Rotates a super-transformer in place, and notes on it what was done to its base.
+    """Rotates a super-transformer in place, and records it.
 
     The units go back into the base's order first, so that whoever loads the run, and rotates the base as it was loaded,
     computes the same numbers. The permutation of heads and feed-forward units comes after.
 
     Args:
-        supernet: one that passes `check_rotatable`, and that nothing is merged in; its record is not written yet.
-        matrix: one that passes `check_rotation`, for the numbers of the stream as they are ordered now.
+        matrix: for the numbers of the stream as they are ordered now; see `SuperTransformer.apply_rotation`.
+
+    Raises:
+        MLFSError: as `check_rotatable` and `check_rotation`; nothing has changed then.
     """
     dims: Dimensions = supernet.dimensions
+    check_rotatable(supernet)
+    check_rotation(matrix, dims)
+    supernet.fingerprint()  # of the base as it was loaded
+    merged = supernet.merged_stages
+    supernet.merge_stages(0)
     norm_of = norms_of_readers(supernet.model, supernet.family, dims)
     order = supernet.permutation.get(("hidden", None), list(range(dims.hidden)))
     rotation = torch.empty(dims.hidden, dims.hidden)
@@ -53,6 +60,8 @@ def apply_rotation(supernet: Any, matrix: Tensor) -> None:
     supernet.permutation = {key: value for key, value in supernet.permutation.items() if key[0] != "hidden"}
     permute(supernet.model, supernet.permutation, dims)
     supernet.rotation = rotation
+    supernet.merge_stages(merged)
+    supernet.record.write()
 
 
 def check_rotatable(supernet: Any) -> None:
