@@ -11,14 +11,16 @@ import transformers as tf
 from torch import nn
 
 from mlfs import MLFSError, Subnet, SuperTransformer
+from mlfs.supernet import parallel
 from mlfs.supernet.moments import collecting_moment, principal_axes
 from mlfs.supernet.permutation import Permutation, permutation_of
 from tests.helpers.calibration import active, batches
 from tests.helpers.rotations import FIRST, ODD, ODD_SPACE, OTHERS, ROTATABLE, odd_model, odd_supernet, orthogonal
 from tests.helpers.runs import exportable, same_tensors, stored
 from tests.supernet.test_state import CARRIERS, fresh
-from tests.supernets import distance, elastic, parameters_of, subnets_of
-from tests.tiny_models import CASES, inputs, logits_of, make
+from tests.supernet.test_vocabulary import resized
+from tests.supernets import distance, elastic, parameters_of, perturb, space_of, subnets_of
+from tests.tiny_models import CASES, VOCABULARY, inputs, logits_of, make
 
 every_model = pytest.mark.parametrize(("name", "suffix"), ROTATABLE)
 every_family = pytest.mark.parametrize(("name", "suffix"), FIRST)
@@ -264,6 +266,34 @@ def test_a_run_in_a_folder_finds_its_tied_base(tmp_path):
     assert twin.fingerprint() == SuperTransformer(make(*TIED)).fingerprint()
 
 
+@every_family
+def test_rows_of_tokens_that_the_base_did_not_have_are_rotated_too(name, suffix, tmp_path):
+    make(name, suffix).save_pretrained(tmp_path / "base")
+
+    def fresh_resized(seed: int) -> SuperTransformer:
+        base = resized(name, suffix, tmp_path / "base", VOCABULARY + 7, seed)
+        return SuperTransformer(base, space_of(name), rank=4).eval()
+
+    supernet = perturb(fresh_resized(1)).eval()
+    batch = inputs("left")
+    batch["input_ids"][:, -2] = VOCABULARY + 6
+    with torch.no_grad():
+        before = supernet(**batch).logits
+        supernet.order("rotation", batches(suffix))
+        assert distance(supernet(**batch).logits, before) < 1e-5
+        supernet.save_pretrained(tmp_path / "run")
+        kept = [
+            key for key, value in stored(tmp_path / "run").items() if key.endswith("added_rows") and len(value) == 7
+        ]
+        assert len(kept) == 2
+        twins = [SuperTransformer.from_pretrained(tmp_path / "run").eval(), fresh_resized(2), fresh_resized(3)]
+        twins[1].restore(tmp_path / "run")
+        twins[2].load_state_dict(supernet.state_dict())
+        for twin, subnet in itertools.product(twins, (supernet.space.max, supernet.space.min)):
+            with supernet.activate(subnet), twin.activate(subnet):
+                assert torch.equal(twin(**batch).logits, supernet(**batch).logits)
+
+
 @pytest.mark.parametrize("changed", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
 def test_what_a_changed_norm_is_folded_into_is_saved_with_the_run(changed, tmp_path):
     make(*TIED).save_pretrained(tmp_path / "base")
@@ -283,16 +313,22 @@ def test_what_a_changed_norm_is_folded_into_is_saved_with_the_run(changed, tmp_p
 
 # ---- by its state, or as an object ----------------------------------------------------------------------------------
 
-_WHOLE = {key: carry for key, carry in CARRIERS.items() if key not in ("distributed_checkpoint", "in_place")}
+# These write into the tensors that are there, which are those of a rotated model only once it is rotated.
+_INTO_ROTATED_ALONE = ("distributed_checkpoint", "in_place")
+_CARRIED = [
+    (how, target)
+    for how, target in itertools.product(CARRIERS, ("fresh", "rotated"))
+    if target == "rotated" or how not in _INTO_ROTATED_ALONE
+]
 
 
-@pytest.mark.parametrize("carry", _WHOLE.values(), ids=_WHOLE.keys())
+@pytest.mark.parametrize(("how", "target"), _CARRIED)
 @pytest.mark.parametrize(("name", "suffix"), [("llama", "ForSequenceClassification"), TIED])
-@pytest.mark.parametrize("target", ["fresh", "rotated"])
-def test_a_state_carries_the_rotation(name, suffix, carry, target, tmp_path):
-    supernet = rotated(name, suffix)
+def test_a_state_carries_the_rotation(name, suffix, how, target, tmp_path):
+    supernet, carry = rotated(name, suffix), CARRIERS[how]
     twin = fresh(name, suffix) if target == "fresh" else rotated(name, suffix, seed=1)
-    twin.merge_stages(1)
+    if how not in _INTO_ROTATED_ALONE:
+        twin.merge_stages(1)  # the copy is of what was there before
     carry(supernet, twin, tmp_path)
     assert_equal(twin, supernet, name)
     twin.save_pretrained(tmp_path / "run")
@@ -324,7 +360,22 @@ def test_a_model_without_memory_takes_a_rotated_state():
     assert_equal(twin, supernet, "llama-tied")
 
 
-def test_the_matrix_outlives_a_change_of_type(tmp_path):
+def test_processes_of_which_only_some_are_rotated_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "get_global_rank", lambda *_: 0)
+    monkeypatch.setattr(parallel.dist, "broadcast", lambda tensor, **_: tensor.fill_(48 * 48 * 4))
+    with pytest.raises(MLFSError, match="of some processes are rotated, of others not"):
+        parallel._share(fresh(*TIED).record, None)
+
+
+def test_a_base_in_half_precision_is_rotated_within_its_rounding():
+    supernet = SuperTransformer(make("llama", "ForCausalLM", dtype=torch.bfloat16), rank=2)
+    before = active(supernet)
+    supernet.order("rotation", batches("ForCausalLM"))
+    assert distance(active(supernet), before) < 0.05
+    assert {p.dtype for p in supernet.base_parameters().values()} == {torch.bfloat16}
+
+
+def test_the_matrix_outlives_a_change_of_type():
     supernet = rotated("llama", "ForCausalLM")
     expected = supernet.rotation.clone()
     supernet.to(torch.bfloat16)
