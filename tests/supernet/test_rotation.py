@@ -282,10 +282,7 @@ def test_rows_of_tokens_that_the_base_did_not_have_are_rotated_too(name, suffix,
         supernet.order("rotation", batches(suffix))
         assert distance(supernet(**batch).logits, before) < 1e-5
         supernet.save_pretrained(tmp_path / "run")
-        kept = [
-            key for key, value in stored(tmp_path / "run").items() if key.endswith("added_rows") and len(value) == 7
-        ]
-        assert len(kept) == 2
+        assert len(stored(tmp_path / "run")["model.embed_tokens.weight.added_rows"]) == 7
         twins = [SuperTransformer.from_pretrained(tmp_path / "run").eval(), fresh_resized(2), fresh_resized(3)]
         twins[1].restore(tmp_path / "run")
         twins[2].load_state_dict(supernet.state_dict())
