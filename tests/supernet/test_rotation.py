@@ -389,6 +389,15 @@ def test_a_state_that_is_not_rotated_is_refused_by_one_that_is_before_anything_i
     assert "\n" not in str(raised.value) and torch.equal(active(supernet), before)
 
 
+def test_a_state_of_an_earlier_version_which_knew_no_rotation_is_loaded():
+    supernet, twin = elastic(*TIED), fresh(*TIED)
+    supernet.order("magnitude")
+    state = supernet.state_dict()
+    del state["model.mlfs_record.rotation"]
+    twin.load_state_dict(state)
+    assert twin.rotation is None and torch.equal(active(twin), active(supernet))
+
+
 def test_an_average_over_different_rotations_is_refused():
     one, other = (rotated("llama", "ForCausalLM", seed).state_dict() for seed in (0, 1))
     twin = fresh("llama", "ForCausalLM")
