@@ -125,7 +125,7 @@ def _is_plain(parameter: Any) -> bool:
 
 def _entries(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[str, tuple[Module, int | None]]:
     """Returns the table's word for each module, by name in the model, and the number of the layer that it is in."""
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = base_prefix(model)
     entries: dict[str, tuple[Module, int | None]] = {}
     for name, spec in family.outer.items():
         entries[f"{prefix}{name}"] = spec, None
@@ -135,6 +135,11 @@ def _entries(model: PreTrainedModel, family: Family, dims: Dimensions) -> dict[s
     for name, spec in family.heads.items():
         entries[name] = spec, None
     return entries
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """Returns how the names of the base model's modules begin in `model`: with "model." in most, "" in a base model."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _elastic_module(

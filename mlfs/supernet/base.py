@@ -94,6 +94,12 @@ def config_of_base(config: Mapping[str, Any], vocabulary: int | None) -> dict[st
     return {**config, **beyond, "vocab_size": vocabulary}
 
 
+def config_as_loaded(supernet: Any) -> dict[str, Any]:
+    """Makes the configuration of a super-transformer's base, whose head was tied, perhaps, before it was rotated."""
+    config = supernet.model.config.to_dict()
+    return config if supernet.base_ties is None else {**config, "tie_word_embeddings": supernet.base_ties}
+
+
 # ---- what is not as it was loaded -----------------------------------------------------------------------------------
 
 
@@ -101,14 +107,15 @@ def changed_parameters(supernet: Any) -> set[str]:
     """Names the base's parameters that are not as where the base is recorded to come from, and says so in a warning.
 
     They were changed in memory: adapters were merged, a step was taken, weights that loading drew lost their mark in a
-    copy. Whoever loads the base again would not have them. Units must be in their first order.
+    copy. Whoever loads the base again would not have them. Units must be in their first order, and not rotated.
 
     Returns:
         None of them where there is nothing to compare with: the base has no name, or is not on this machine.
     """
     ours = supernet.base_parameters()
     is_whole = all(type(p) is nn.Parameter and not p.is_meta for p in ours.values())  # no shards
-    if not supernet.base_name or supernet.permutation or not is_whole:
+    is_ordered = supernet.permutation or supernet.rotation is not None
+    if not supernet.base_name or is_ordered or not is_whole:
         return set()
     plain = _base_again(supernet)
     if plain is None:

@@ -3,9 +3,10 @@
 `mlfs.json` names the tensors file and its hash. A save writes the tensors under a new name, then replaces the JSON in
 one step, then removes the old tensors: whenever it is cut off, the folder holds the old state or the new one.
 
-Format 4 may give depths by number, and rank the layers. Format 3 says what the base computes with beside its
-parameters, and how many tokens it has if the model has others; and it may own single parameters, not only modules.
-Format 2, without these, and format 1, which had the permutation in the JSON instead of int32 tensors, are still read.
+Format 4 may have a rotation of the residual stream, give depths by number, and rank the layers. Format 3 says what the
+base computes with beside its parameters, and how many tokens it has if the model has others; and it may own single
+parameters, not only modules. Formats 3 and 2, without these, and format 1, which had the permutation in the JSON
+instead of int32 tensors, are still read.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from mlfs.supernet.permutation import Permutation
 
 CONFIG_NAME = "mlfs.json"
 FORMAT = 4
+_ROTATION = "rotation"  # the name of its tensor
 _PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
 _FIELDS = {
     "format",
@@ -58,6 +60,7 @@ class SavedState:
         owned: names of what belongs to the run, not to the base: modules (task heads, trained norms), and parameters
             that the base's checkpoint did not have.
         permutation: the order of the units, against the base.
+        rotation: (hidden, hidden) float32, what the base's residual stream was rotated by; None if it was not.
         parameters: what belongs to the run (the stages, and the weights of `owned`), by the model's names.
         constants: what the base computes with beside its parameters; see `mlfs.supernet.base`.
         vocabulary: how many tokens the base has; None if it is as many as the model.
@@ -79,6 +82,7 @@ class SavedState:
     parameters: Mapping[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
     vocabulary: int | None = None
+    rotation: Tensor | None = None
 
     @property
     def config_of_base(self) -> dict[str, Any]:
@@ -122,7 +126,10 @@ def write_state(state: SavedState, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with temporary_file(path, ".safetensors") as temporary:
-            save_file(tensors | _permutation_tensors(state.permutation), temporary, metadata={"format": "pt"})
+            order = _permutation_tensors(state.permutation)
+            if state.rotation is not None:
+                order[_ROTATION] = state.rotation.contiguous()
+            save_file(tensors | order, temporary, metadata={"format": "pt"})
             digest = hash_file(temporary)
             name = f"stages-{digest[:8]}.safetensors"
             move_into_place(temporary, path / name)
@@ -154,6 +161,7 @@ def read_state(path: Path) -> SavedState:
     else:
         names = [name for name in tensors if name.startswith(_PERMUTATION)]
         permutation = _permutation_of_tensors({name: tensors.pop(name) for name in names})
+    rotation = tensors.pop(_ROTATION, None)
     base = values["base"]
     copied = {name: values[name] for name in ("architecture", "config", "space", "rank", "stages", "alpha", "owned")}
     return SavedState(
@@ -166,6 +174,7 @@ def read_state(path: Path) -> SavedState:
         parameters=tensors,
         constants=base.get("constants", {}),
         vocabulary=base.get("vocabulary"),
+        rotation=rotation,
         **copied,
     )
 

@@ -130,6 +130,7 @@ class ElasticModel(Guarded):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         self._record().check(state_dict, prefix)
+        self._record().expect(state_dict, prefix)
         vars(self)["_supernet"]._scope.begin_load(args[-1])
         for name, first in self._record().ties.items():
             if prefix + first in state_dict:

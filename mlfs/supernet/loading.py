@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.errors import MLFSError
-from mlfs.supernet.base import as_in_base, check_config, check_constants, constants
+from mlfs.supernet.base import as_in_base, check_config, check_constants, config_as_loaded, constants
 from mlfs.supernet.checkpoint import SavedState
 from mlfs.supernet.fingerprint import Fingerprint, check_base, fingerprint
+from mlfs.supernet.permutation import difference
 
 
 def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -> Fingerprint:
@@ -43,6 +44,26 @@ def check_whole_base(model: PreTrainedModel, state: SavedState, place: object) -
     return found
 
 
+def check_same(supernet: Any, state: SavedState, place: object) -> Fingerprint:
+    """Checks that a saved super-transformer has the base, space and rank of the one that is there.
+
+    Returns:
+        The fingerprint of the base, without what the saved one owns.
+
+    Raises:
+        MLFSError: it has others.
+    """
+    saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
+    own = {"space": supernet.space.to_dict(), **{key: getattr(supernet, key) for key in ("rank", "stages", "alpha")}}
+    if odd := [key for key in own if saved[key] != own[key]]:
+        raise MLFSError(f"{place} was saved with another {', '.join(odd)}: resume with the options of that run")
+    found = without_owned(supernet.fingerprint(), state)
+    check_base(found, state.fingerprint, supernet.model.dtype, state.base_name, place)
+    check_config(config_as_loaded(supernet), state.config, place)
+    check_constants(supernet.base_constants, state.constants, supernet.model.dtype, place)
+    return found
+
+
 def without_owned(found: Fingerprint, state: SavedState) -> Fingerprint:
     """Leaves out of a base's fingerprint what a saved super-transformer owns, and so brings with it."""
     owned = set(state.owned)
@@ -51,6 +72,30 @@ def without_owned(found: Fingerprint, state: SavedState) -> Fingerprint:
         for name, hashes in found.items()
         if name in state.fingerprint or not owned & {name, name.rpartition(".")[0]}
     }
+
+
+def restore_order(supernet: Any, state: SavedState, place: object) -> None:
+    """Rotates the residual stream and orders the units as in a saved super-transformer of the same base.
+
+    Args:
+        place: where the run is, for the message.
+
+    Raises:
+        MLFSError: `supernet` is rotated already, and not as in `state`, which cannot be undone; nothing has changed.
+    """
+    have, want = supernet.rotation, state.rotation
+    if have is not None and (want is None or not torch.equal(have, want)):
+        raise MLFSError(
+            f"the residual stream is rotated already, in {place} {'not' if want is None else 'by another matrix'}: "
+            "restore into a super-transformer of the base loaded anew"
+        )
+    if want is not None and have is None:
+        if supernet.permutation:  # the matrix is for the base's own order
+            supernet.apply_permutation(difference(supernet.permutation, {}))
+        supernet.apply_rotation(want)
+    if state.permutation != supernet.permutation:
+        supernet.apply_permutation(difference(supernet.permutation, state.permutation))
+        supernet.permutation = state.permutation
 
 
 def load_parameters(supernet: Any, state: SavedState, place: object) -> None:

@@ -24,8 +24,7 @@ from mlfs.space.dimensions import LayerSizes, RowSizes
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import (
-    check_config,
-    check_constants,
+    config_as_loaded,
     constants,
     new_parameters,
     vocabulary_of_base,
@@ -36,10 +35,10 @@ from mlfs.supernet.checkpoint import SavedState, read_state, write_state
 from mlfs.supernet.classes import hold, show_signature
 from mlfs.supernet.count import count_parameters, count_trainable
 from mlfs.supernet.extract import extract
-from mlfs.supernet.fingerprint import Fingerprint, check_base
-from mlfs.supernet.loading import check_whole_base, load_parameters, without_owned
+from mlfs.supernet.fingerprint import Fingerprint
+from mlfs.supernet.loading import check_same, check_whole_base, load_parameters, restore_order
 from mlfs.supernet.ordering import Ordered
-from mlfs.supernet.permutation import LAYERS, Permutation, difference
+from mlfs.supernet.permutation import LAYERS, Permutation
 from mlfs.supernet.recorded import reads_record_first
 from mlfs.supernet.watch import watch_next_optimizer
 
@@ -83,6 +82,8 @@ class SuperTransformer(Ordered):
         self.base_name = recorded_name(model.name_or_path if base_name is None else base_name)
         self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
+        self.rotation = None
+        self.base_ties = getattr(model.config, "tie_word_embeddings", None)
         self.base_vocabulary = vocabulary_of_base(model)
         self.new_parameters = new_parameters(model)
         self.base_constants = constants(model)
@@ -304,16 +305,16 @@ class SuperTransformer(Ordered):
         Raises:
             MLFSError: `path` is a file, or cannot be written.
         """
-        found, config = self.fingerprint(), self.model.config
+        found = self.fingerprint()
         state = SavedState(
             base_name=self.base_name,
             hub_name=self.hub_name,
-            revision=getattr(config, "_commit_hash", None),
+            revision=getattr(self.model.config, "_commit_hash", None),
             fingerprint=found,
             constants=self.base_constants,
             vocabulary=self.base_vocabulary,
             architecture=type(self.model).__name__,
-            config=config.to_dict(),
+            config=config_as_loaded(self),
             space=self.space.to_dict(),
             rank=self.rank,
             stages=self.stages,
@@ -321,6 +322,7 @@ class SuperTransformer(Ordered):
             trained_stages=self.trained_stages,
             owned=sorted({*self.owned_modules(), *self.new_parameters}),
             permutation=self.permutation,
+            rotation=self.rotation,
             parameters=self.own_parameters() | self.added_rows(),
         )
         write_state(state, Path(path))
@@ -353,8 +355,7 @@ class SuperTransformer(Ordered):
         supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
         supernet.hub_name = supernet.hub_name or state.hub_name
         supernet.base_vocabulary, supernet._fingerprint = state.vocabulary, found
-        if state.permutation:
-            supernet.apply_permutation(state.permutation)
+        restore_order(supernet, state, path)
         load_parameters(supernet, state, path)
         return supernet
 
@@ -362,20 +363,12 @@ class SuperTransformer(Ordered):
         """Loads, in place, what `save_pretrained` wrote of a super-transformer of the same base and shape.
 
         Raises:
-            MLFSError: the folder is missing, half-written or changed, or holds another base, space or rank.
+            MLFSError: the folder is missing, half-written or changed, or holds another base, space or rank; or the
+                super-transformer is rotated, and not as there.
         """
         state = read_state(Path(path))
-        saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
-        own = {"space": self.space.to_dict(), "rank": self.rank, "stages": self.stages, "alpha": self.alpha}
-        if odd := [key for key in own if saved[key] != own[key]]:
-            raise MLFSError(f"{path} was saved with another {', '.join(odd)}: resume with the options of that run")
-        found = without_owned(self.fingerprint(), state)
-        check_base(found, state.fingerprint, self.model.dtype, state.base_name, path)
-        check_config(self.model.config.to_dict(), state.config, path)
-        check_constants(self.base_constants, state.constants, self.model.dtype, path)
-        if state.permutation != self.permutation:
-            self.apply_permutation(difference(self.permutation, state.permutation))
-            self.permutation = state.permutation
+        found = check_same(self, state, path)
+        restore_order(self, state, path)
         self._fingerprint = found
         load_parameters(self, state, path)
 

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from torch import Tensor
+
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.depth import LayerMethod, check_layer_method, rank_layers
 from mlfs.supernet.importance import Method, Scores, importance
+from mlfs.supernet.moments import Order, rotate_by_batches
 from mlfs.supernet.permutation import (
     LAYERS,
     Permutation,
@@ -15,6 +18,7 @@ from mlfs.supernet.permutation import (
     permute,
 )
 from mlfs.supernet.recorded import Recorded, reads_record_first
+from mlfs.supernet.rotation import apply_rotation
 
 
 @reads_record_first
@@ -23,25 +27,31 @@ class Ordered(Recorded):
 
     def order(
         self,
-        method: Method = "magnitude",
+        method: Order = "magnitude",
         batches: Iterable[Mapping[str, Any]] | None = None,
         layers: LayerMethod = "loss",
     ) -> None:
         """Permutes heads, feed-forward units and the residual stream, most important first, and ranks the layers.
 
+        By "rotation" the stream is rotated to its principal axes (`apply_rotation`), and the rest ordered by gradient.
         The full model's function stays; what each smaller subnet keeps changes. Done in place, and recorded. Layers are
         ranked where the space says how many are kept, not which, and there are batches to measure on.
 
         Args:
-            method, batches: see `mlfs.supernet.importance.importance`; the batches need no labels.
+            method: "rotation", or as of `mlfs.supernet.importance.importance`.
+            batches: keyword arguments of the model; they need no labels.
             layers: how layers are ranked, see `mlfs.supernet.depth`; "even" keeps evenly spaced ones.
 
         Raises:
-            MLFSError: as `mlfs.supernet.importance.importance`; or `layers` is no way to rank them.
+            MLFSError: as `mlfs.supernet.importance.importance`, and for "rotation" as `apply_rotation`; or `layers` is
+                no way to rank them.
         """
         check_layer_method(layers)
         used = None if batches is None else list(batches)
-        permutation = permutation_of(self.importance(method, used))
+        if method == "rotation":
+            permutation = rotate_by_batches(self, used)
+        else:
+            permutation = permutation_of(self.importance(method, used))
         if used is not None and layers != "even" and cast(Any, self).space.counts_layers:
             permutation[LAYERS] = self.rank_layers(layers, used)
         self.apply_permutation(permutation)
@@ -85,4 +95,21 @@ class Ordered(Recorded):
         permute(supernet.model, permutation, supernet.dimensions)
         supernet.merge_stages(merged)
         self.permutation = compose(self.permutation, permutation)
+        if self.rotation is not None and (order := self.permutation.pop(("hidden", None), None)):
+            self.rotation = self.rotation[:, order]
         self.record.write()
+
+    def apply_rotation(self, matrix: Tensor) -> None:
+        """Rotates the residual stream in place, and records it; a head that is tied to the embedding is untied.
+
+        The weights of the RMSNorms are folded into the projections that they feed, and are 1 then. The full model's
+        function stays, up to rounding.
+
+        Args:
+            matrix: (hidden, hidden) orthogonal, floating-point; new numbers are x · matrix. Recorded in fp32.
+
+        Raises:
+            MLFSError: the model is of a family that cannot be rotated, is rotated already, or has norms that train; or
+                the matrix is not orthogonal. Nothing has changed then.
+        """
+        apply_rotation(self, matrix)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,7 @@ def share_records(wrapper: nn.Module, name: str, submodule: Any) -> None:
     forward pass, too, if it were not told to leave it out.
 
     Raises:
-        MLFSError: the super-transformers of the processes have other options.
+        MLFSError: the super-transformers of the processes have other options, or only some of them are rotated.
     """
     if not isinstance(wrapper, DistributedDataParallel) or not isinstance(submodule, nn.Module):
         return
@@ -31,9 +32,18 @@ def _share(record: Record, group: Any) -> None:
     """Gives all processes the record of the first."""
     record.look()
     record.write()
+    first = dist.get_global_rank(group, 0)
+    numbers = torch.tensor(record.rotation.numel(), device=record.rotation.device)
+    dist.broadcast(numbers, src=first, group=group)
+    if numbers != record.rotation.numel():
+        raise MLFSError(
+            "the super-transformers of some processes are rotated, of others not: load or rotate it in all of them"
+        )
     own = record.settings.clone()
     for buffer in record.buffers():  # the settings are the first
-        dist.broadcast(buffer, src=dist.get_global_rank(group, 0), group=group)
+        if not buffer.numel():
+            continue
+        dist.broadcast(buffer, src=first, group=group)
         if not own.equal(record.settings):
             raise MLFSError("the processes hold super-transformers with other options: make them alike in all of them")
     record.read()

@@ -23,6 +23,7 @@ from mlfs.elastic.norm import ElasticNorm
 from mlfs.errors import MLFSError
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, Fingerprint
 from mlfs.supernet.permutation import LAYERS, Permutation
+from mlfs.supernet.rotation import tied_heads, untie_heads
 
 NAME = "mlfs_record"  # of the record among the model's modules
 _SETTINGS = ("space", "rank", "stages", "alpha")
@@ -44,6 +45,7 @@ class Record(nn.Module):
 
     Attributes:
         ties: for each tied parameter's further names, the first.
+        untied: the names of those that got a matrix of their own since, with the first they were tied to.
         settings: (4, 8) uint8, the beginnings of the hashes of space, rank, stages and alpha, which must be the same
             where the state is loaded.
         trained_stages: () float32. A float, as averages of weights change it little by little and cut integers off.
@@ -52,6 +54,8 @@ class Record(nn.Module):
         vocabulary: () int32, how many tokens the base has; 0 where it is as many as the model.
         hidden, heads, ffn: (units,), (layers, groups of heads) and (layers, units) int32, the order of the units.
         layers: (layers,) int32, the layers that matter most first; -1 while they are not ranked.
+        rotation: (hidden, hidden, 4) uint8, the bytes of the fp32 matrix that the residual stream was rotated by, which
+            no change of type rounds; empty where it was not.
         order_bits: (64,) float32, bits of the hash of that order. Of an average over several orders they are no bits,
             even if it averaged only what floats, as most do, and took the last order as it is.
     """
@@ -65,10 +69,12 @@ class Record(nn.Module):
     heads: Tensor
     ffn: Tensor
     layers: Tensor
+    rotation: Tensor
     order_bits: Tensor
     _supernet: Any
     _names: list[str]
     ties: dict[str, str]
+    untied: dict[str, str]
     _seen: dict[str, tuple[Tensor, int | None, bytes | None]]  # of each: the buffer, its version and its numbers
     _seen_values: bytes
     _is_busy: bool
@@ -78,6 +84,7 @@ class Record(nn.Module):
         self.__dict__["_is_busy"] = False
         self.__dict__["_supernet"] = supernet  # in the dictionary: the super-transformer is no part of its record
         self.__dict__["_names"], self.__dict__["ties"] = _names(supernet.model)
+        self.__dict__["untied"] = {}
         dims, count = supernet.dimensions, len(self._names)
         shapes = {
             "hidden": (dims.hidden,),
@@ -91,6 +98,7 @@ class Record(nn.Module):
             "ownership": torch.zeros(count),
             "fingerprint": torch.zeros(count, len(FINGERPRINT_DTYPES), 8, dtype=torch.uint8),
             "vocabulary": torch.zeros((), dtype=torch.int32),
+            "rotation": torch.empty(0, dtype=torch.uint8),
             "order_bits": torch.zeros(64),
         }
         for axis, shape in shapes.items():
@@ -113,6 +121,7 @@ class Record(nn.Module):
         # Of a base that is as it was loaded they can be computed: equal models then have equal states.
         permutation = supernet.permutation
         moved = any(order != sorted(order) for axis, order in permutation.items() if axis != LAYERS)
+        moved = moved or supernet.rotation is not None
         changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
         hashes = (supernet._fingerprint or {}) if changed else {}
         unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
@@ -129,7 +138,8 @@ class Record(nn.Module):
         orders = {axis: _orders(permutation, axis, self.get_buffer(axis).shape) for axis in _AXES}
         for axis, values in orders.items():
             self._put(axis, values)
-        self._put("order_bits", _bits_of(orders))
+        self._put_rotation(supernet.rotation)
+        self._put("order_bits", _bits_of(orders, supernet.rotation))
         self._note()
 
     def refresh(self) -> None:
@@ -153,7 +163,7 @@ class Record(nn.Module):
         """Reads the buffers if any number in them is not as it was last written or read."""
         if self._is_busy or self.trained_stages.is_meta:
             return
-        if _bytes_of(self._buffers.values()) == self._seen_values:
+        if self._values() == self._seen_values:
             self._note()
         else:
             self.read()
@@ -187,7 +197,8 @@ class Record(nn.Module):
 
     def _read(self) -> None:
         supernet = self._supernet
-        permutation = self._permutation()
+        rotation = self._rotation()
+        permutation = self._permutation(rotation)
         trained = math.ceil(self.trained_stages.item() - _ROUNDING)
         if not 0 <= trained <= supernet.stages:
             raise MLFSError(
@@ -196,9 +207,10 @@ class Record(nn.Module):
             )
         codes = [math.ceil(code - _ROUNDING) for code in self.ownership.tolist()]
         whose = dict(zip(self._names, codes, strict=True))
-        supernet.permutation = permutation
+        supernet.permutation, supernet.rotation = permutation, rotation
         supernet.base_vocabulary = int(self.vocabulary.item()) or None
-        supernet.new_parameters = {name for name, code in whose.items() if code == _NEW}
+        new = {name for name, code in whose.items() if code == _NEW}
+        supernet.new_parameters = self.with_untied(new)
         supernet._fingerprint = self._hashes(whose)
         for name, module in supernet.model.named_modules():
             if isinstance(module, Elastic):
@@ -217,7 +229,8 @@ class Record(nn.Module):
             prefix: how names of the model's tensors begin in it.
         """
         own, supernet = f"{prefix}{NAME}.", self._supernet
-        missing = [own + name for name in self._buffers if own + name not in state]
+        needed = self._buffers.keys() - {"rotation"}  # which earlier versions did not have
+        missing = [own + name for name in self._buffers if name in needed and own + name not in state]
         if missing:
             ours = supernet.own_parameters().keys() - supernet.head_parameters()
             ours |= supernet.base_parameters().keys()
@@ -228,6 +241,11 @@ class Record(nn.Module):
                     "with SuperTransformer.from_pretrained, and a plain model's weights before it is made elastic"
                 )
             return
+        if self.rotation.numel() and not self._holds_rotation(state, prefix):
+            raise MLFSError(
+                "the state dict is of a super-transformer whose residual stream is not rotated, and this one's is: "
+                "load it into one of the base loaded anew"
+            )
         found = _whole(state[own + "settings"], torch.uint8).cpu()
         names = zip(_SETTINGS, found, _settings(supernet), strict=True)
         if others := [name for name, row, value in names if bytes(row.tolist()) != _digest(value)]:
@@ -235,12 +253,34 @@ class Record(nn.Module):
                 f"the state dict is of a super-transformer with another {', '.join(others)}: make this one alike"
             )
 
+    def expect(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Makes room for what `state` has of a rotated super-transformer: the matrix, and heads that are not tied."""
+        if self._holds_rotation(state, prefix) and not self.rotation.numel():
+            self.untie()
+            shape = state[f"{prefix}{NAME}.rotation"].shape
+            self._buffers["rotation"] = torch.zeros(shape, dtype=torch.uint8, device=self.trained_stages.device)
+
+    def untie(self) -> None:
+        """Gives each head that is tied to the embedding a matrix of its own, as before a rotation."""
+        for name in untie_heads(self._supernet):
+            self.untied[name] = self.ties.pop(name)
+
+    def with_untied(self, names: set[str]) -> set[str]:
+        """Adds to names of parameters those that were tied to one of them before the rotation."""
+        return names | {name for name, first in self.untied.items() if first in names}
+
+    def _holds_rotation(self, state: Mapping[str, Any], prefix: str) -> bool:
+        stored = state.get(f"{prefix}{NAME}.rotation")
+        return stored is not None and stored.numel() > 0
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         self.look()
         self.write()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if f"{prefix}settings" in state_dict:
+            state_dict.setdefault(f"{prefix}rotation", torch.empty(0, dtype=torch.uint8))
         for name, buffer in self._buffers.items():
             if prefix + name in state_dict and buffer is not None:
                 # of an average a whole number is off by rounding, and copying it would cut that off
@@ -265,6 +305,14 @@ class Record(nn.Module):
         if buffer.is_meta or buffer.tolist() != value:
             buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
 
+    def _put_rotation(self, rotation: Tensor | None) -> None:
+        """Copies the matrix into its buffer, which gets its size first."""
+        old, stored = self.rotation, _matrix_bytes(rotation)
+        if old.shape != stored.shape:
+            self._buffers["rotation"] = stored.to(old.device, copy=True)
+        elif not old.is_meta and not torch.equal(old.cpu(), stored):
+            old.copy_(stored)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keeps what is asked of the super-transformer inside the block from reading buffers that are half written."""
@@ -281,12 +329,30 @@ class Record(nn.Module):
             buffer = self.get_buffer(name)
             version = None if buffer.is_inference() else buffer._version
             seen[name] = buffer, version, _memory_of(buffer) if _is_plain(buffer) else None
-        self.__dict__["_seen_values"] = _bytes_of(self._buffers.values())
+        self.__dict__["_seen_values"] = self._values()
 
-    def _permutation(self) -> Permutation:
+    def _values(self) -> bytes:
+        """Gives the numbers in all buffers; of the rotation, which is large, the bits of its hash tell."""
+        return _bytes_of(buffer for name, buffer in self._buffers.items() if name != "rotation")
+
+    def _rotation(self) -> Tensor | None:
+        """Reads what the residual stream was rotated by, (hidden, hidden) float32."""
+        stored, hidden = self.rotation.detach().cpu(), self._supernet.dimensions.hidden
+        if tied_heads(self._supernet) if stored.numel() else self.untied:
+            raise MLFSError(
+                "a rotated state was written over a super-transformer that is not rotated, or the other way round, and "
+                "one's head is tied: load it with load_state_dict into one of the base loaded anew"
+            )
+        if not stored.numel():
+            return None
+        if stored.shape != (hidden, hidden, 4):
+            raise MLFSError(_NO_ORDER)
+        return stored.contiguous().view(torch.float32).squeeze(-1).clone()
+
+    def _permutation(self, rotation: Tensor | None) -> Permutation:
         """Reads the order of the units; axes in their first order are left out."""
         orders = {axis: self.get_buffer(axis).tolist() for axis in _AXES}
-        pairs = zip(self.order_bits.tolist(), _bits_of(orders), strict=True)
+        pairs = zip(self.order_bits.tolist(), _bits_of(orders, rotation), strict=True)
         if any(abs(found - right) > _TOLERANCE for found, right in pairs):
             raise MLFSError(_NO_ORDER)
         permutation: Permutation = {}
@@ -369,9 +435,19 @@ def _orders(permutation: Permutation, axis: str, shape: Sequence[int]) -> list[A
     return [permutation.get((axis, layer), whole) for layer in range(shape[0])]
 
 
-def _bits_of(orders: Mapping[str, list[Any]]) -> list[float]:
-    """Spells the hash of all orders out as 64 zeros and ones."""
-    return [float(byte >> place & 1) for byte in _digest(orders) for place in range(8)]
+def _bits_of(orders: Mapping[str, list[Any]], rotation: Tensor | None) -> list[float]:
+    """Spells the hash of all orders, and of the rotation, out as 64 zeros and ones."""
+    hashed: dict[str, Any] = dict(orders)
+    if rotation is not None:
+        hashed["rotation"] = hashlib.sha256(_memory_of(rotation.contiguous())).hexdigest()
+    return [float(byte >> place & 1) for byte in _digest(hashed) for place in range(8)]
+
+
+def _matrix_bytes(matrix: Tensor | None) -> Tensor:
+    """Spells an fp32 matrix out as its bytes, (hidden, hidden, 4) uint8; empty for none."""
+    if matrix is None:
+        return torch.empty(0, dtype=torch.uint8)
+    return matrix.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:

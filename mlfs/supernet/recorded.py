@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from mlfs.elastic.guard import Guarded
 from mlfs.elastic.linear import ElasticLinear
@@ -30,6 +31,8 @@ class Recorded(Guarded):
 
     Attributes:
         permutation: the order of the units, against the base.
+        rotation: (hidden, hidden) float32 on the CPU, what the base's residual stream was rotated by before heads and
+            feed-forward units were ordered; the permutation has no entry for hidden then. None if it was not.
         new_parameters: names of parameters that are not as in the base's checkpoint, and so belong to the run.
         base_vocabulary: how many tokens the base has; None if it is as many as the model.
     """
@@ -46,6 +49,15 @@ class Recorded(Guarded):
     def permutation(self, value: Permutation) -> None:
         self._permutation = value
         self._layer_sizes = {}  # a number of layers may stand for others now
+
+    @property
+    def rotation(self) -> Tensor | None:
+        look(self)
+        return self._rotation
+
+    @rotation.setter
+    def rotation(self, value: Tensor | None) -> None:
+        self._rotation = value
 
     @property
     def new_parameters(self) -> set[str]:

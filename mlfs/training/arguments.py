@@ -78,7 +78,9 @@ class MLFSArguments(TrainingArguments):
     train_norms: bool = _option(False, "Whether the weights of the norms train too.")
     order: str = _option(
         "gradient",
-        "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'.",
+        "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'; or "
+        "'rotation': the residual stream is rotated to its principal axes, and the rest ranked by gradient (Llama, "
+        "Mistral, Qwen2, Qwen3).",
     )
     order_layers: str = _option(
         "loss",
@@ -140,12 +142,16 @@ class MLFSArguments(TrainingArguments):
             "stop_ends": ("run", "stage"),
             "projection": ("fixed", "learned"),
             "order_layers": LAYER_METHODS,
-            "order": ("gradient", "activation", "magnitude", "none"),
+            "order": ("gradient", "activation", "magnitude", "rotation", "none"),
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise MLFSError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        if self.order == "rotation" and self.train_norms:
+            raise MLFSError(
+                "order='rotation' folds the weights of norms away, which train_norms trains: take one of both"
+            )
 
     def _check_palette(self) -> None:
         if self.palette is None:

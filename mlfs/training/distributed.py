@@ -47,6 +47,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
+def of_first_process(values: Tensor) -> Tensor:
+    """Returns the tensor that the first process has."""
+    first = values.clone()
+    dist.broadcast(first, src=0)
+    return first
+
+
 def sum_scores(scores: dict[Any, Tensor], processes: int, device: torch.device) -> None:
     """Makes each tensor of `scores` the sum over the processes, in place: each ranked units by batches of its own, and
     all need one order."""

@@ -28,11 +28,13 @@ from mlfs.space.subnet import Subnet
 from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import LAYERS, permutation_of
+from mlfs.supernet.rotation import check_rotatable
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
 from mlfs.training.ranking import rank_depths, rank_units
 from mlfs.training.refused import check_arguments, refuse
+from mlfs.training.rotating import rotate_units
 from mlfs.training.runs import (
     LOGS_NAME,
     ResumePoint,
@@ -89,6 +91,8 @@ class MLFSTrainer(SubnetTrainer):
             raise MLFSError(
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
             )
+        if args.order == "rotation" and model.rotation is None:
+            check_rotatable(model)
         with _some_length(args):
             super().__init__(model, args, **kwargs)
         self.control = TrainerControl(**self.control.state()["args"])
@@ -206,7 +210,8 @@ class MLFSTrainer(SubnetTrainer):
         self.supernet.merge_stages(0)
         self.supernet.train_stage(None)
         orders = args.order != "none" or self._ranks_layers()
-        if fresh and stage > 0 and orders and not self.supernet.permutation:
+        is_ordered = self.supernet.permutation or self.supernet.rotation is not None
+        if fresh and stage > 0 and orders and not is_ordered:
             self._order()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
@@ -253,14 +258,15 @@ class MLFSTrainer(SubnetTrainer):
 
     def _order(self) -> None:
         """Ranks units and layers by the first training batches, and orders them so."""
-        args, permutation = self.args, {}
+        args, supernet = self.args, self.supernet
         batches = itertools.islice(iter(self.get_train_dataloader()), args.order_batches)
         prepared = [self._prepare_inputs(dict(batch)) for batch in batches]
-        if args.order != "none":
-            permutation = permutation_of(rank_units(self, args.order, prepared))  # type: ignore[arg-type]
+        if args.order == "rotation":
+            rotate_units(self, prepared)
+        elif args.order != "none":
+            supernet.apply_permutation(permutation_of(rank_units(self, args.order, prepared)))  # type: ignore[arg-type]
         if self._ranks_layers():
-            permutation[LAYERS] = rank_depths(self, args.order_layers, prepared)  # type: ignore[arg-type]
-        self.supernet.apply_permutation(permutation)
+            supernet.apply_permutation({LAYERS: rank_depths(self, args.order_layers, prepared)})  # type: ignore[arg-type]
 
     def _ranks_layers(self) -> bool:
         """Whether which layers each depth keeps is found by measurement."""

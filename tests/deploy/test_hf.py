@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from mlfs import MLFSError, Subnet
 from mlfs.deploy.hf import write_checkpoint
 from mlfs.deploy.model_card import model_card
+from tests.helpers.rotations import orthogonal
 from tests.supernets import distance, elastic, subnets_of
 from tests.tiny_models import inputs, logits_of
 
@@ -41,6 +42,16 @@ def test_the_checkpoint_gives_the_subnets_logits_and_has_its_tokenizer_and_card(
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == {"[UNK]": 0}
     assert UNIFORM.to_json() in (folder / "README.md").read_text(encoding="utf-8")
     assert os.listdir(folder.parent) == ["small"]
+
+
+def test_the_card_of_a_rotated_base_says_that_its_head_is_untied_and_what_that_adds():
+    tied = elastic("llama-tied", "ForCausalLM")
+    subnet = subnets_of("llama-tied")["uniform"]
+    assert "tied" not in model_card(tied, subnet, tied.extract(subnet))
+    tied.apply_rotation(orthogonal())
+    small = tied.extract(subnet)
+    size = small.lm_head.weight.nbytes
+    assert f"lm_head.weight is not tied to the embeddings: {size:,} bytes more." in model_card(tied, subnet, small)
 
 
 def test_a_second_export_replaces_the_first_whole(supernet, tokenizer, tmp_path):

@@ -134,6 +134,15 @@ def test_order_keeps_the_whole_models_logits_and_changes_the_subnets(real):
     assert distance(ordered.logits(small)[real.kept], real.logits(small)[real.kept]) > 1e-3
 
 
+def test_rotation_keeps_the_whole_models_logits_and_changes_the_subnets(smollm2):
+    rotated = dataclasses.replace(smollm2, supernet=copy.deepcopy(smollm2.supernet))
+    rotated.supernet.order("rotation", [smollm2.batch])
+    whole, small = smollm2.supernet.space.max, list(smollm2.subnets.values())[1]
+    assert distance(rotated.logits(whole)[smollm2.kept], smollm2.logits(whole)[smollm2.kept]) < 1e-5
+    assert distance(rotated.logits(small)[smollm2.kept], smollm2.logits(small)[smollm2.kept]) > 1e-3
+    assert not rotated.supernet.config.tie_word_embeddings and smollm2.supernet.config.tie_word_embeddings
+
+
 def test_saved_stages_are_small_and_restore_the_logits(minilm, tmp_path):
     supernet = minilm.supernet
     supernet.save_pretrained(tmp_path / "run")

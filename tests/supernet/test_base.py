@@ -179,6 +179,19 @@ def test_a_base_in_half_precision_is_still_the_base(name, tmp_path):
         SuperTransformer.from_pretrained(tmp_path, model=make(name, suffix).to(dtype))
 
 
+def test_a_run_of_format_3_loads_as_it_was(saved):
+    """It had no rotation, and no other difference."""
+    supernet, folder = saved
+    path = folder / "mlfs.json"
+    state = json.loads(path.read_text())
+    del state["checksum"]
+    state["format"] = 3
+    state["checksum"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(state))
+    twin = load(folder)
+    assert twin.rotation is None and torch.equal(logits(twin), logits(supernet))
+
+
 def test_a_run_of_format_2_loads_as_it_was(saved):
     """It said nothing of what the base computes with beside its weights."""
     supernet, folder = saved

@@ -80,6 +80,12 @@ def _batches() -> list[dict[str, torch.Tensor]]:
     return [inputs() | {"labels": torch.tensor([0, 1, 0])}]
 
 
+def _refused(call: Callable[[], None]) -> None:
+    """Calls what no BERT does, and what others do is told in test_rotation.py."""
+    with pytest.raises(MLFSError, match="cannot be rotated"):
+        call()
+
+
 @pytest.fixture(scope="module")
 def supernet() -> SuperTransformer:
     return trained(*BERT)
@@ -88,6 +94,7 @@ def supernet() -> SuperTransformer:
 ENTRIES: dict[str, Callable[[Any, Path], Any]] = {
     "added_rows": lambda s, _: s.added_rows(),
     "apply_permutation": lambda s, _: s.apply_permutation({("hidden", None): list(range(48))[::-1]}),
+    "apply_rotation": lambda s, _: _refused(lambda: s.apply_rotation(torch.eye(48))),
     "base_parameters": lambda s, _: s.base_parameters(),
     "base_vocabulary": lambda s, _: s.base_vocabulary,
     "count_parameters": lambda s, _: s.count_parameters(s.space.min),
@@ -105,6 +112,7 @@ ENTRIES: dict[str, Callable[[Any, Path], Any]] = {
     "permutation": lambda s, _: s.permutation,
     "rank_layers": lambda s, _: s.rank_layers("influence", _batches()),
     "restore": lambda s, folder: s.restore(folder / "run"),
+    "rotation": lambda s, _: s.rotation,
     "save_pretrained": lambda s, folder: s.save_pretrained(folder / "twin"),
     "train_stage": lambda s, _: s.train_stage(2),
     "trained_stages": lambda s, _: s.trained_stages,

@@ -26,6 +26,7 @@ CLASSIFIER, TEXT = ("bert", "ForSequenceClassification"), ("llama", "ForCausalLM
 QUICK: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "classifier": (CLASSIFIER, {}),
     "text": (TEXT, {}),
+    "text, rotated": (TEXT, {"order": "rotation"}),
     "text by activation, in lockstep, a loss of one's own, accumulated": (
         TEXT,
         {
