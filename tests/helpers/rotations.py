@@ -1,11 +1,15 @@
 """Models whose residual stream can be rotated, and rotations for them."""
 
+from collections.abc import Sequence
+
 import torch
 import transformers as tf
 from torch import nn
 
 from mlfs import SearchSpace, SuperTransformer
-from tests.supernets import perturb
+from mlfs.supernet.permutation import Permutation
+from tests.helpers.calibration import active
+from tests.supernets import elastic, perturb, subnets_of
 from tests.tiny_models import CASES, PAD, VOCABULARY, all_models
 
 ROTATABLE = [(name, suffix) for name, suffix in all_models() if name.startswith(("llama", "mistral", "qwen"))]
@@ -51,3 +55,28 @@ def orthogonal(size: int = 48, seed: int = 0) -> torch.Tensor:
     """Draws an orthogonal matrix, float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+TIED = ("llama-tied", "ForCausalLM")
+
+
+def rotated(name: str, suffix: str, seed: int = 0) -> SuperTransformer:
+    """Makes a small model with trained stages that was rotated, and then ordered."""
+    supernet = elastic(name, suffix)
+    supernet.apply_rotation(orthogonal(seed=seed))
+    supernet.apply_permutation(order_of(name))
+    return supernet
+
+
+def order_of(name: str, units: Sequence[int] = range(39, -1, -1)) -> Permutation:
+    """Gives heads and feed-forward units of two layers another order."""
+    groups = 6 if name == "llama-mqa" else 3
+    return {("heads", 1): [*range(1, groups), 0], ("ffn", 2): list(units)}
+
+
+def assert_rotated_alike(twin: SuperTransformer, supernet: SuperTransformer, name: str) -> None:
+    """Compares what was done to two super-transformers, and every size, bit for bit."""
+    assert twin.rotation is not None and torch.equal(twin.rotation, supernet.rotation)
+    assert ("hidden", None) not in twin.permutation
+    for subnet in subnets_of(name).values():
+        assert torch.equal(active(twin, subnet), active(supernet, subnet))
