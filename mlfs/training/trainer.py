@@ -145,7 +145,9 @@ class MLFSTrainer(SubnetTrainer):
         try:
             for self.stage in args.stages_to_train:
                 if self.stage in done:
-                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage))
+                    # what one stage has, later ones have too: the last alone is loaded
+                    newer = [s for s in done if s > self.stage and is_saved(stage_folder(point.run, s))]
+                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage), loads=not newer)
                 else:
                     output = self._train_stage(settings, point.checkpoint if self.stage == left[0] else None, **kwargs)
                     logs, steps = self.state.log_history, self.state.global_step
@@ -165,15 +167,20 @@ class MLFSTrainer(SubnetTrainer):
             write_json(self.run_folder / LOGS_NAME, history)
         return TrainOutput(self._step_offset, output.training_loss, metrics)
 
-    def _restore_stage(self, folder: Path) -> tuple[list[dict[str, Any]], int]:
-        """Reads a stage that is done, if it is there; returns its logs and its number of steps."""
+    def _restore_stage(self, folder: Path, loads: bool) -> tuple[list[dict[str, Any]], int]:
+        """Reads a stage that is done, if it is there; returns its logs and its number of steps.
+
+        Args:
+            loads: whether its weights are loaded too.
+        """
         if not is_saved(folder):
             logger.warning(f"{folder} is gone: later stages hold what it learned; its logs and steps do not count.")
             return [], 0
-        self.supernet.restore(folder)
+        if loads:
+            self.supernet.restore(folder)
+            self._load_projections(folder)
         if self.args.should_save and folder.parent == self.run_folder and not (folder / LIST_NAME).exists():
             write_list(folder)  # the run was cut off before it did
-        self._load_projections(folder)
         state = read_json(folder / TRAINER_STATE_NAME)
         return state["log_history"], state["global_step"]
 

@@ -106,3 +106,11 @@ def test_a_super_transformer_that_is_rotated_trains_as_it_is(tmp_path: Path) -> 
     t = trainer(tmp_path, *TIED, supernet=supernet, **OPTIONS | {"stages_to_train": [1], "stage_steps": [1]})
     t.train()
     assert torch.equal(supernet.rotation, torch.eye(48)) and supernet.permutation == {}
+
+
+def test_the_same_trainer_resumes_what_it_has_finished(tmp_path: Path) -> None:
+    t = trainer(tmp_path, *TIED, **OPTIONS)
+    t.train()
+    before = own(t.supernet)
+    t.train(resume_from_checkpoint=True)
+    assert_same(own(t.supernet), before)
