@@ -6,7 +6,8 @@
 
 MiniLM on 16,000 sentences of SST-2. mlfs: stage 0 one pass, stages 1 and 2 together one pass. PEFT: each size alone,
 LoRA of rank 8 on every linear, head trained, one pass, distilled from the fine-tuned full model (the first twin), from
-the same slices (leading ones of the pretrained weights). Accuracy on the 872 dev sentences after the last step.
+slices of its own: leading ones of the pretrained weights, of shallow sizes layers 0, 2 and 4. Accuracy on the 872 dev
+sentences after the last step.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from mlfs.ops import divergence
 from mlfs.report.table import table
 
 RESULTS = Path(__file__).parents[1] / "results" / "palette_quality.json"
-ALL, HALF = tuple(range(6)), (0, 2, 4)
+ALL, HALF = 6, 3
 SPACE = SearchSpace(hidden=(384, 288, 192), heads=(12, 9, 6), ffn=(1536, 1152, 768), layers=(ALL, HALF))
 SUBNETS = (
     Subnet(384, 12, 1536, ALL),

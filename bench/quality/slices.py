@@ -32,12 +32,13 @@ from mlfs.data.raw import load_raw, prepare
 from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
+from mlfs.models.residual import why_not_rotatable
 from mlfs.report.table import table
 from mlfs.supernet.depth import depth_search
 
 RESULTS = Path(__file__).parents[1] / "results" / "slices.json"
 DATA = Path(__file__).parents[3] / "shared" / "data" / "glue" / "SST-2"
-ORDERS = ("none", "magnitude", "activation", "gradient")
+ORDERS = ("none", "magnitude", "activation", "gradient", "rotation")
 Batch = Mapping[str, Tensor]
 Kept = tuple[int, ...]
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["smollm2", "minilm"], default="smollm2")
     parser.add_argument("--only", choices=["layers", "hidden", "heads", "ffn"], help="run one part")
+    parser.add_argument("--rows", nargs="+", choices=[*RULES, *ORDERS], help="run these rules or orders alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of SST-2, for minilm")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -54,14 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorded = json.loads(given.output.read_text()) if given.output.exists() else {}
     if not given.table:
         origin = environment(given.seed)
+        subject = decoder(given.seed) if given.model == "smollm2" else encoder(given.seed, given.data)
         for part in [given.only] if given.only else ["layers", "hidden", "heads", "ffn"]:
-            subject = decoder(given.seed) if given.model == "smollm2" else encoder(given.seed, given.data)
-            found = layers(subject) if part == "layers" else orders(subject, part)
-            recorded.setdefault(given.model, {})[part] = {"rows": found, "environment": origin}
-            write_json(given.output, recorded)
+            rows = recorded.setdefault(given.model, {}).setdefault(part, {})
+            measured = layers if part == "layers" else functools.partial(orders, axis=part)
+            for name, row in measured(subject, given.rows):
+                rows[name] = {"row": row, "environment": origin}
+                write_json(given.output, recorded)
+                print(name, row, flush=True)
     for model, parts in recorded.items():
-        for part, result in parts.items():
-            print(f"\n{model}, {part}\n{table(result['rows'])}")
+        for part, rows in parts.items():
+            print(f"\n{model}, {part}\n{table([{part: name, **kept['row']} for name, kept in rows.items()])}")
 
 
 class Subject:
@@ -152,21 +157,17 @@ def encoder(seed: int, folder: Path) -> Subject:
 # ---- layers -------------------------------------------------------------------------------------------------------
 
 
-def layers(subject: Subject) -> list[dict[str, Any]]:
-    """Measures what each rule keeps, a row each: the score of every depth, and how many batches the choice ran."""
-    supernet = subject.make()
-    counts = subject.sizes["layers"]
-    rows = [{"rule": "whole model", subject.unit: _scored(subject, supernet, tuple(range(supernet.space.max.depth)))}]
-    for name, rule in RULES.items():
+def layers(subject: Subject, names: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures what each rule keeps: the score of every depth, and how many batches the choice ran."""
+    supernet, counts = subject.make(), subject.sizes["layers"]
+    yield "whole model", {subject.unit: _scored(subject, supernet, tuple(range(supernet.space.max.depth)))}
+    for name in names or RULES:
         runs: list[None] = []
         handle = supernet.model.register_forward_pre_hook(lambda *_, runs=runs: runs.append(None))
-        chosen = rule(supernet, subject.calibration, counts)
+        chosen = RULES[name](supernet, subject.calibration, counts)
         handle.remove()
-        row: dict[str, Any] = {"rule": name, "batches": len(runs)}
-        row |= {f"{count} layers": _scored(subject, supernet, chosen[count]) for count in counts}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        row: dict[str, Any] = {f"{count} layers": _scored(subject, supernet, chosen[count]) for count in counts}
+        yield name, row | {"batches": len(runs)}
 
 
 def _even(supernet: SuperTransformer, _: list[Batch], counts: Sequence[int]) -> dict[int, Kept]:
@@ -243,21 +244,20 @@ def _scored(subject: Subject, supernet: SuperTransformer, kept: Kept) -> float:
 # ---- units --------------------------------------------------------------------------------------------------------
 
 
-def orders(subject: Subject, axis: str) -> list[dict[str, Any]]:
-    """Measures what each order of the units keeps along one axis, all others whole, a row each."""
-    rows = []
-    for order in ORDERS:
+def orders(subject: Subject, names: Sequence[str] | None, axis: str = "hidden") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures what each order of the units keeps along one axis, all others whole."""
+    for order in names or ORDERS:
         supernet = subject.make()
+        if order == "rotation" and (axis != "hidden" or why_not_rotatable(supernet.model, supernet.family)):
+            continue
         if order != "none":
             supernet.order(order, subject.calibration, layers="even")  # type: ignore[arg-type]
-        row: dict[str, Any] = {"order": order}
+        row: dict[str, Any] = {}
         for subnet in _sliced(supernet, axis, subject.sizes[axis]):
             with torch.no_grad(), supernet.activate(subnet):
                 row[f"{axis} {getattr(subnet, axis)}"] = subject.score(supernet)
-        row["parameters"] = supernet.count_parameters(supernet.space.max)
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+            row[f"parameters of {getattr(subnet, axis)}"] = supernet.count_parameters(subnet)
+        yield order, row
 
 
 def _sliced(supernet: SuperTransformer, axis: str, sizes: Sequence[int]) -> Iterator[Subnet]:
