@@ -89,7 +89,7 @@ def _eval(words: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", type=Path, help="the run folder, or a stage of it (RUN/stage-0)")
     parser.add_argument(
-        "--subnet", default="max", help="max, min, a name from the run's palette, or JSON (default: max)"
+        "--subnet", default="max", help="max, min, a name or sizes from the run's table, or JSON (default: max)"
     )
     _add_model(parser)
     parser.add_argument("--validation_file", help="validation data (default: the run's)")
@@ -120,7 +120,7 @@ def _export(words: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", type=Path, help="the run folder, or a stage of it")
     parser.add_argument(
-        "--subnet", default="max", help="max, min, a name from the run's palette, or JSON (default: max)"
+        "--subnet", default="max", help="max, min, a name or sizes from the run's table, or JSON (default: max)"
     )
     _add_model(parser)
     parser.add_argument("--format", choices=["hf"], default="hf", help="hf: a transformers checkpoint (default)")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from mlfs.data.raw import RawData
 from mlfs.errors import MLFSError
 from mlfs.models.pretrained import SHORT_NAMES, place_of
-from mlfs.parsing import parse_json
+from mlfs.parsing import parse_yaml
 from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
@@ -30,7 +30,7 @@ class ModelArguments:
     space: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes on offer, as JSON: {hidden: [...], heads: [...], ffn: [...], layers: [...]}; largest first. "
+            "help": "Sizes on offer: {hidden: [...], heads: [...], ffn: [...], layers: [...]}; largest first. "
             "Layers are numbers of layers, which ones is then measured (order_layers), or lists of indices. "
             "Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
             "all and half of the layers."
@@ -41,10 +41,10 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
 
     def search_space(self) -> SearchSpace | None:
-        """Reads `space`; None where it is not given, for the default. Raises MLFSError unless it is one, in JSON."""
+        """Reads `space`, in YAML or JSON; None where it is not given, for the default. Raises MLFSError if it is none."""
         if self.space is None:
             return None
-        return SearchSpace.from_dict(parse_json(self.space, "--space", "{hidden, heads, ffn, layers}"))
+        return SearchSpace.from_dict(parse_yaml(self.space, "--space"))
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:

@@ -40,6 +40,8 @@ def evaluate(
     chosen = find_subnet(supernet, subnet, run)
     recorded, id2label = load_data_arguments(run, supernet)
     data = _data_to_read(recorded, data)
+    if data.validation_file is None and data.train_file is None and data.dataset_name is None:
+        raise MLFSError(f"{run} does not say what it was evaluated on: give --validation_file or --dataset_name")
     raw = load_raw(data, id2label)
     if raw.validation is None:
         raise MLFSError("no validation data: give --validation_file")

@@ -1,5 +1,6 @@
 """What a run folder holds beside the super-transformer: how its data was read, and its results."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) 
     """Finds the subnet that a user names.
 
     Args:
-        text: max, min, a name of the palette, or JSON.
+        text: max, min, a name of the palette, hidden/heads/ffn/layers as in the table of results, or JSON.
         run: the run folder, whose results name the palette it was evaluated with. They are read only for such a name.
 
     Raises:
@@ -58,6 +59,8 @@ def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) 
     if text.lstrip().startswith("{"):
         subnet = Subnet.from_json(text)
         return supernet.layer_sizes(subnet).subnet
+    if sizes := re.fullmatch(r"(\d+)/(\d+)/(\d+)/(\d+)", text.strip()):
+        return supernet.layer_sizes(Subnet(*map(int, sizes.groups()))).subnet  # type: ignore[arg-type]
     if text in ("max", "min"):
         return getattr(supernet.space, text)  # type: ignore[no-any-return]
     named = supernet.space.palette()
@@ -66,7 +69,8 @@ def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) 
     if text in named:
         return supernet.layer_sizes(named[text]).subnet
     raise MLFSError(
-        f"subnet {text!r}: expected one of {', '.join(named)}, or JSON such as {supernet.space.min.to_json()}"
+        f"subnet {text!r}: expected one of {', '.join(named)}, sizes such as {supernet.space.min}, or JSON such as "
+        f"{supernet.space.min.to_json()}"
     )
 
 

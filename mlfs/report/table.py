@@ -35,14 +35,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def results_table(rows: list[dict[str, Any]]) -> str:
     """Shows the subnet (hidden/heads/ffn/layers), parameters, size on disk, latency of a batch, and the metrics; and
-    under them which layers each depth keeps."""
-    left_out = {"sizes", "runtime", "samples_per_second", "steps_per_second"}
+    under them which layers each depth keeps, and which sizes no configuration can state."""
+    left_out = {"sizes", "exportable", "runtime", "samples_per_second", "steps_per_second"}
     first = ["name", "subnet", "parameters", "bytes", "latency"]
     ordered = []
     for row in rows:
         keys = [key for key in first if key in row] + [key for key in row if key not in {*first, *left_out}]
         ordered.append({key: row[key] for key in keys})
-    return "\n".join([table(ordered), *_kept_layers(rows)])
+    return "\n".join([table(ordered), *_kept_layers(rows), *_not_exportable(rows)])
+
+
+def _not_exportable(rows: list[dict[str, Any]]) -> list[str]:
+    """Says which sizes run in place alone, in a line; none where all can be saved."""
+    names = [row["name"] for row in rows if row.get("exportable") is False]
+    return [f"in place only, since no configuration states such sizes: {', '.join(names)}"] if names else []
 
 
 def _kept_layers(rows: list[dict[str, Any]]) -> list[str]:

@@ -137,7 +137,8 @@ class PaletteTrainer(Trainer):
             if found:
                 # by name: what a number of layers stands for is part of what was evaluated
                 sizes = replace(subnet, layers=self.supernet.kept_layers(subnet)).to_dict()
-                rows.append({"name": name, "subnet": str(subnet), "sizes": sizes, **found})
+                row = {"name": name, "subnet": str(subnet), "sizes": sizes, **found}
+                rows.append(row | {"exportable": self.supernet.is_exportable(subnet)})
         return rows
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from mlfs import MLFSError
+from mlfs import MLFSError, SearchSpace, SuperTransformer
 from mlfs.cli import main
+from mlfs.commands.run_folder import find_subnet
 from mlfs.files import checksum
 from mlfs.models import pretrained
 from mlfs.supernet.folders import locked_folder
 from tests.helpers.small_base import train_words, write_base, write_data
+from tests.tiny_models import make
 
 ROOT = Path(__file__).parents[2]
 
@@ -446,3 +448,13 @@ def test_whatever_a_json_file_of_a_run_holds_is_read_or_refused_in_one_line(
         for folder in (run, tmp_path / "small"):
             shutil.rmtree(folder, ignore_errors=True)
     assert verb == "train" or outcomes == {0, 2}
+
+
+@pytest.mark.parametrize("text", ["{size}", "{json}", "  {size} "])
+def test_a_size_may_be_copied_from_the_table(text: str) -> None:
+    space = SearchSpace((48, 32), (6, 4), (40, 20), (4, 2))
+    supernet = SuperTransformer(make("bert", "ForSequenceClassification"), space, rank=0)
+    words = text.format(size=space.min, json=space.min.to_json())
+    assert find_subnet(supernet, words) == space.min
+    with pytest.raises(MLFSError, match="layers=3 is not one of"):
+        find_subnet(supernet, "48/6/40/3")

@@ -31,3 +31,9 @@ def test_the_layers_that_each_depth_keeps_are_named_below():
     kept = {"a": [0, 1, 2], "b": [0, 2], "c": [0, 2], "d": [1]}
     rows = [{"name": name, "subnet": "8", "sizes": {"layers": layers}} for name, layers in kept.items()]
     assert results_table(rows).splitlines()[-2:] == ["2 layers: 0, 2", "1 layer: 1"]
+
+
+def test_sizes_that_cannot_be_saved_are_named_below():
+    rows = [{"name": name, "subnet": "8", "exportable": name != "b"} for name in "abc"]
+    assert results_table(rows).splitlines()[-1] == "in place only, since no configuration states such sizes: b"
+    assert results_table(rows[:1]).splitlines()[-1].split() == ["a", "8"]
