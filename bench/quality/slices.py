@@ -2,13 +2,14 @@
 
     python -m bench.quality.slices                    SmolLM2 on Python source, nats per token
     python -m bench.quality.slices --model minilm     MiniLM fine-tuned on SST-2 (16,000 sentences, one pass), accuracy
-    python -m bench.quality.slices --only layers      one part: layers, hidden, heads or ffn
+    python -m bench.quality.slices --only layers      one part: layers, hidden, heads, ffn, or mixed
     python -m bench.quality.slices --table            prints the recorded results
 
 Rules for layers: evenly spaced; by influence (1 - cos of a layer's input and output, measured once, as in ShortGPT, or
 anew after each layer is out); by loss (`mlfs.supernet.depth`); by loss with every layer tried; and by the dynamic
 programme of AmoebaLLM (of the first n layers the best m to leave out, by the loss of the whole model without them),
-whose depths need not lie within one another. All are measured on calibration batches, and compared on others.
+whose depths need not lie within one another. All are measured on calibration batches, and compared on others. "mixed"
+compares sizes of about two thirds of SmolLM2, layers by loss.
 """
 
 import argparse
@@ -38,7 +39,13 @@ from mlfs.supernet.depth import depth_search
 
 RESULTS = Path(__file__).parents[1] / "results" / "slices.json"
 DATA = Path(__file__).parents[3] / "shared" / "data" / "glue" / "SST-2"
+PARTS = ("layers", "hidden", "heads", "ffn", "mixed")
 ORDERS = ("none", "magnitude", "activation", "gradient", "rotation")
+# (heads, ffn, layers) that leave about two thirds of SmolLM2
+TWO_THIRDS = (
+    (9, 1536, 18), (9, 1408, 20), (9, 1152, 22), (9, 1024, 24), (9, 896, 26), (9, 768, 28),
+    (6, 1408, 22), (6, 1280, 24), (6, 1024, 26),
+)  # fmt: skip
 Batch = Mapping[str, Tensor]
 Kept = tuple[int, ...]
 
@@ -46,7 +53,7 @@ Kept = tuple[int, ...]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["smollm2", "minilm"], default="smollm2")
-    parser.add_argument("--only", choices=["layers", "hidden", "heads", "ffn"], help="run one part")
+    parser.add_argument("--only", choices=PARTS, help="run one part")
     parser.add_argument("--rows", nargs="+", choices=[*RULES, *ORDERS], help="run these rules or orders alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of SST-2, for minilm")
@@ -57,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.table:
         origin = environment(given.seed)
         subject = decoder(given.seed) if given.model == "smollm2" else encoder(given.seed, given.data)
-        for part in [given.only] if given.only else ["layers", "hidden", "heads", "ffn"]:
+        for part in [given.only] if given.only else PARTS:
             rows = recorded.setdefault(given.model, {}).setdefault(part, {})
-            measured = layers if part == "layers" else functools.partial(orders, axis=part)
+            measured = {"layers": layers, "mixed": mixed}.get(part) or functools.partial(orders, axis=part)
             for name, row in measured(subject, given.rows):
                 rows[name] = {"row": row, "environment": origin}
                 write_json(given.output, recorded)
@@ -77,7 +84,7 @@ class Subject:
         calibration: batches that rules and orders are measured on.
         score: computes what is reported of the size that is active.
         unit: what that is.
-        sizes: sizes to slice each axis to, and numbers of layers.
+        sizes: sizes to slice each axis to, and numbers of layers. mixed: sizes that are sliced along several axes.
     """
 
     def __init__(
@@ -87,9 +94,10 @@ class Subject:
         score: Callable[[SuperTransformer], float],
         unit: str,
         sizes: Mapping[str, Sequence[int]],
+        mixed: Sequence[Subnet] = (),
     ) -> None:
         self.make, self.calibration, self.score = make, calibration, score
-        self.unit, self.sizes = unit, sizes
+        self.unit, self.sizes, self.mixed = unit, sizes, mixed
 
 
 def decoder(seed: int) -> Subject:
@@ -102,7 +110,7 @@ def decoder(seed: int) -> Subject:
 
     def make() -> SuperTransformer:
         model = AutoModelForCausalLM.from_pretrained(find_model(SMOLLM2), dtype=torch.float32).eval()
-        space = SearchSpace((576, 480, 384), (9, 6), (1536, 1152), tuple(range(30, 14, -1)))
+        space = SearchSpace((576, 480, 384), (9, 6), (1536, *range(1408, 767, -128)), tuple(range(30, 14, -1)))
         return SuperTransformer(model, space, rank=0, base_name=SMOLLM2)
 
     def score(supernet: SuperTransformer) -> float:
@@ -110,7 +118,8 @@ def decoder(seed: int) -> Subject:
         return sum(losses) / len(losses)
 
     sizes = {"layers": (26, 24, 22, 20, 18, 15), "hidden": (480, 384), "heads": (6,), "ffn": (1152,)}
-    return Subject(make, blocks["train"], score, "nats per token", sizes)
+    mixed = [Subnet(576, *size) for size in TWO_THIRDS]
+    return Subject(make, blocks["train"], score, "nats per token", sizes, mixed)
 
 
 def encoder(seed: int, folder: Path) -> Subject:
@@ -239,6 +248,23 @@ def _scored(subject: Subject, supernet: SuperTransformer, kept: Kept) -> float:
     sizes = supernet.dimensions.layer_sizes(Subnet(full.hidden, full.heads, full.ffn, kept))
     with torch.no_grad(), supernet.activate_sizes(sizes):
         return subject.score(supernet)
+
+
+# ---- several axes -----------------------------------------------------------------------------------------------
+
+
+def mixed(subject: Subject, names: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures sizes that are sliced along several axes, with the layers of each depth by loss."""
+    scores: dict[str, dict[str, Any]] = {str(subnet): {} for subnet in subject.mixed}
+    for order in names or ("activation", "gradient"):
+        supernet = subject.make()
+        supernet.order(order, subject.calibration)  # type: ignore[arg-type]
+        for subnet in subject.mixed:
+            row = scores[str(subnet)]
+            row["parameters"] = supernet.count_parameters(subnet)
+            with torch.no_grad(), supernet.activate(subnet):
+                row[order] = subject.score(supernet)
+            yield str(subnet), row
 
 
 # ---- units --------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
 
     def search_space(self) -> SearchSpace | None:
-        """Reads `space`, in YAML or JSON; None where it is not given, for the default. Raises MLFSError if it is none."""
+        """Reads `space`, YAML or JSON; None where it is not given, for the default. Raises MLFSError if it is none."""
         if self.space is None:
             return None
         return SearchSpace.from_dict(parse_yaml(self.space, "--space"))
