@@ -14,6 +14,7 @@ from mlfs.data.metrics import compute_metrics_for, preprocess_logits_for_metrics
 from mlfs.data.raw import RawData, load_raw
 from mlfs.data.tokens import collator, tokenize
 from mlfs.errors import MLFSError
+from mlfs.report.baseline import baseline_of, warning
 from mlfs.report.table import results_table
 from mlfs.supernet.folders import locked_folder
 from mlfs.supernet.model import SuperTransformer
@@ -34,7 +35,33 @@ def make_trainer(
     options = trainer_options(supernet, raw, tokenizer, data)
     record = RecordData(Path(args.output_dir or "."), data, raw)
     with setup_errors("these options cannot be trained with"):
-        return MLFSTrainer(supernet, args, **options, callbacks=[record])
+        return _Trainer(raw.task, supernet, args, **options, callbacks=[record])
+
+
+class _Trainer(MLFSTrainer):
+    """Says after stage 0, before the other stages take their time, whether the whole model has learned the task."""
+
+    def __init__(self, task_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.baseline = baseline_of(task_name, _labels_of(self.eval_dataset))
+
+    def _leave_stage(self) -> None:
+        super()._leave_stage()
+        if self.baseline is None or self.stage or self.stage == self.args.stages_to_train[-1]:
+            return
+        with self.supernet.activate(self.supernet.space.max):
+            scores = self._score(self.get_eval_dataloader(), "Evaluation after stage 0", [], "eval")
+        row = {"name": "max", **scores}
+        if self.is_world_process_zero() and self.baseline.metric in row:
+            print(f"\nafter stage 0 the whole model scores {row[self.baseline.metric]:.4g}; {self.baseline}")
+            if said := warning(self.baseline, [row]):
+                print(said)
+
+
+def _labels_of(dataset: Any) -> list[float]:
+    """Lists the labels of a data set; none where it has no column of them."""
+    names = getattr(dataset, "column_names", None) or []
+    return list(dataset["labels"]) if "labels" in names else []
 
 
 def trainer_options(
@@ -114,6 +141,10 @@ def finish(trainer: MLFSTrainer, raw: RawData) -> list[dict[str, Any]]:
     rows = trainer.results(trainer.evaluate())
     if trainer.is_world_process_zero():
         print("\n" + results_table(rows))
+        if (baseline := baseline_of(raw.task, _labels_of(trainer.eval_dataset))) is not None:
+            print(f"{baseline}")
+            if said := warning(baseline, rows):
+                print(said)
         path = save_results(trainer.run_folder, raw.task, rows)
         print(f"\nwritten to {path}")
     return rows

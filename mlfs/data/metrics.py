@@ -2,9 +2,9 @@
 
 Source: Wang et al. 2018, arXiv 1804.07461, table 1.
 
-Local files carry no task name, so that they get accuracy, with F1 of class 1 where there are two classes; or Pearson,
-Spearman and the mean squared error for regression. For causal-lm the loss is the measure (`perplexity`), and the
-accuracy of the next token stands beside it.
+Local files carry no task name, so that they get accuracy, with F1 of class 1 where there are two classes, and Matthews
+correlation where one class has more than 60 % of the labels; or Pearson, Spearman and the mean squared error for
+regression. For causal-lm the loss is the measure (`perplexity`), and the accuracy of the next token stands beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import EvalPrediction
 
 from mlfs.errors import MLFSError
 
+UNEVEN = 0.6  # the share of one class above which accuracy alone says little
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
@@ -44,13 +45,17 @@ def compute_metrics_for(task: str, glue_name: str | None = None, num_labels: int
     {'accuracy': 1.0, 'f1': 1.0}
     """
     measure = _measure(task, glue_name, num_labels)
+    may_be_uneven = task == "classification" and glue_name is None
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = np.asarray(_first(prediction.predictions))
         labels = np.asarray(_first(prediction.label_ids))
         if not np.isfinite(logits).all():
             raise MLFSError("the model's predictions are not finite; training diverged: lower the learning rate")
-        return {name: float(value) for name, value in measure(logits, labels).items()}
+        found = measure(logits, labels)
+        if may_be_uneven and _is_uneven(labels):
+            found |= _matthews(logits, labels)
+        return {name: float(value) for name, value in found.items()}
 
     return compute_metrics
 
@@ -127,6 +132,11 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def _accuracy_and_f1(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {**_accuracy(logits, labels), "f1": f1_score(labels, logits.argmax(-1), pos_label=1, zero_division=0.0)}
+
+
+def _is_uneven(labels: np.ndarray) -> bool:
+    """Whether one class has so many of the labels that accuracy says little."""
+    return labels.size > 0 and bool(np.unique(labels, return_counts=True)[1].max() > UNEVEN * labels.size)
 
 
 def _matthews(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

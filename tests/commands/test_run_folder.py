@@ -288,7 +288,7 @@ def test_training_that_is_refused_records_nothing_of_the_rank_either(place: Path
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"palette": 3}', '{"palette": [{"name": "a"}]}', "[" * 100_000])
 def test_damaged_results_are_read_only_for_a_name_that_they_hold(run: Path, capsys: Any, text: str) -> None:
     (run / "results.json").write_text(text)
-    sizes = '{"hidden": 8, "heads": 1, "ffn": 12, "layers": [0]}'
+    sizes = '{"hidden": 8, "heads": 1, "ffn": 12, "layers": 1}'
     for subnet in ("max", "min", sizes):
         assert main(["eval", str(run), "--subnet", subnet]) == 0
     refused(["eval", str(run), "--subnet", "medium"], "results.json is damaged", capsys)

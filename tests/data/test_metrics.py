@@ -39,7 +39,9 @@ def _measure(task: str, predictions, labels, **options) -> dict[str, float]:
     ],
 )
 def test_classification_has_the_metrics_of_its_glue_task(glue_name, num_labels, names):
-    measured = _measure("classification", _logits([0, 1, 1]), [0, 1, 0], glue_name=glue_name, num_labels=num_labels)
+    measured = _measure(
+        "classification", _logits([0, 1, 1, 0]), [0, 1, 0, 1], glue_name=glue_name, num_labels=num_labels
+    )
     assert set(measured) == names
     assert all(type(value) is float for value in measured.values())
     assert main_metric("classification", glue_name)[0] in names
@@ -137,3 +139,19 @@ def test_unknown_task_and_diverged_predictions_are_one_line_errors():
             call()
     with pytest.raises(MLFSError, match="not finite"):
         _measure("classification", np.array([[np.nan, 0.0]]), [0])
+
+
+@pytest.mark.parametrize(("zeros", "ones", "uneven"), [(6, 4, False), (61, 39, True), (39, 61, True), (10, 0, True)])
+def test_uneven_classes_of_local_files_have_matthews_correlation_too(zeros, ones, uneven):
+    labels = [0] * zeros + [1] * ones
+    predicted = [0, 1] * (len(labels) // 2) + [0] * (len(labels) % 2)
+    found = _measure("classification", _logits(predicted), labels, num_labels=2)
+    assert ("matthews_correlation" in found) == uneven
+    if uneven:
+        expected = _measure("classification", _logits(predicted), labels, glue_name="cola")["matthews_correlation"]
+        assert found["matthews_correlation"] == expected
+    assert "matthews_correlation" not in _measure("classification", _logits(predicted), labels, glue_name="sst2")
+
+
+def test_classes_that_are_named_by_number_are_counted_whatever_the_numbers():
+    assert "matthews_correlation" in _measure("classification", _logits([5, 5, 7], 9), [7, 7, 7], num_labels=9)
