@@ -43,7 +43,7 @@ def test_the_ten_lines_run_with_a_model_that_is_here(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (code,) = blocks_of(ROOT / "README.md")
     for old, new in (("bert-base-uncased", find_model("minilm")), ("768, 512, 384", "384, 256, 192"),
-                     ("3072, 1536, 768", "1536, 768, 384"), ("(12, 8, 6)\n", "(6, 5, 3)\n"),
+                     ("3072, 1536, 768", "1536, 768, 384"), ("layers=(12, 8, 6)", "layers=(6, 5, 3)"),
                      ('MLFSArguments("run")', 'MLFSArguments("run", stage_steps=[1], order_batches=1)')):  # fmt: skip
         assert old in code
         code = code.replace(old, new)

@@ -61,7 +61,7 @@ def test_equals_the_formula(device, name, drawn):
         pytest.importorskip("triton")
     (x, layers), gated, stage = drawn
     with use_backend(name):
-        agree(x, layers, gated, device, 1e-5, stage)
+        agree(x, layers, gated, device, 2e-5, stage)  # of fp32: 1.2e-5 was seen, in one of some thousand examples
 
 
 @pytest.mark.parametrize("gated", [False, True])

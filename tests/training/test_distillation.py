@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlfs import MLFSError, Subnet
+from mlfs import MLFSError
 from mlfs.training.distillation import HiddenStateDistance, detached
 
 HIDDEN, LAYERS = 8, 3
@@ -22,7 +22,7 @@ def test_each_layer_of_a_subnet_is_compared_with_the_maxnet_layer_it_is(layers, 
     """Save the last of one that ends early, where the model reports a normalised state there."""
     student, teacher, betas = outputs(6, 2, 0), outputs(HIDDEN, LAYERS, 1), [0.1, 0.2, 0.4]
     distance = HiddenStateDistance(HIDDEN, LAYERS, betas, 4, final_norm=final_norm)
-    found = distance(Subnet(6, 1, 1, layers), student, teacher)
+    found = distance(layers, student, teacher)
     expected = torch.zeros(())
     for i, layer in enumerate(layers):
         if final_norm and layer == 1:
@@ -37,12 +37,12 @@ def test_each_layer_of_a_subnet_is_compared_with_the_maxnet_layer_it_is(layers, 
 def test_padding_does_not_count():
     student, teacher = outputs(6, 3, 0), outputs(HIDDEN, LAYERS, 1)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    distance, subnet = HiddenStateDistance(HIDDEN, LAYERS, [0.1], 4), Subnet(6, 1, 1, (0, 1, 2))
-    before = distance(subnet, student, teacher, mask)
+    distance, kept = HiddenStateDistance(HIDDEN, LAYERS, [0.1], 4), (0, 1, 2)
+    before = distance(kept, student, teacher, mask)
     for state in student["hidden_states"]:
         state[1, 2:] += 1
-    assert torch.equal(distance(subnet, student, teacher, mask), before)
-    assert not torch.equal(distance(subnet, student, teacher), before)
+    assert torch.equal(distance(kept, student, teacher, mask), before)
+    assert not torch.equal(distance(kept, student, teacher), before)
 
 
 def test_projections_are_orthonormal_and_drawn_from_the_seed():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlfs import Subnet
 from mlfs.models.fused.lm_head import HEAD_INPUT
 from mlfs.training.batch import Accumulation, Batch
 from mlfs.training.distillation import HiddenStateDistance
@@ -15,7 +14,7 @@ from mlfs.training.losses import SubnetLoss
 from mlfs.training.task import CausalLanguageModeling, Classification
 
 HIDDEN, VOCABULARY, ALPHA = 8, 11, 0.7
-SUBNET = Subnet(6, 1, 1, (0, 1))
+KEPT = (0, 1)
 LABELS = torch.tensor([[1, 2, 3, 4], [5, -100, 6, -100]])
 MEANS = Accumulation(None, is_scaled=False, divisor=2, processes=1)
 SHARES = Accumulation(torch.tensor(20), is_scaled=True, divisor=1, processes=2)
@@ -45,7 +44,7 @@ def loss_of(task: Any, beta: float = 0.3, temperature: float = 2.0) -> SubnetLos
 def test_maxnet_learns_its_task_alone():
     batch = Batch({"labels": LABELS}, MEANS)
     task_loss = torch.tensor(2.5)
-    found = loss_of(Classification())(batch, SUBNET, outputs_of(HIDDEN, 0, head_of()), task_loss, teacher=None)
+    found = loss_of(Classification())(batch, KEPT, outputs_of(HIDDEN, 0, head_of()), task_loss, teacher=None)
     assert found.loss is task_loss and found.parts == {"loss": task_loss}
 
 
@@ -53,7 +52,7 @@ def test_a_subnets_loss_is_that_of_the_formula():
     head, distance = head_of(), loss_of(Classification()).distance
     student, teacher = outputs_of(6, 1, head), outputs_of(HIDDEN, 2, head)
     batch, task_loss = Batch({"labels": LABELS}, MEANS), torch.tensor(2.5, dtype=torch.float64)
-    found = loss_of(Classification())(batch, SUBNET, student, task_loss, teacher)
+    found = loss_of(Classification())(batch, KEPT, student, task_loss, teacher)
     p, q = (torch.softmax(outputs["logits"][LABELS != -100] / 2, -1) for outputs in (teacher, student))
     kl = 4 * (p * (p / q).log()).sum(-1).mean()
     feature = torch.zeros((), dtype=torch.float64)
@@ -75,8 +74,8 @@ def test_from_what_goes_into_the_head_it_is_the_same_as_from_logits(task, accumu
     inputs = {"labels": LABELS}
     total = torch.nn.functional.cross_entropy(student["logits"].flatten(0, 1), targets.flatten(), reduction="sum")
     task_loss = total / accumulation.items(targets)
-    with_logits = loss_of(task)(Batch(inputs, accumulation), SUBNET, student, task_loss, teacher)
-    without = loss_of(task)(Batch(inputs, accumulation, head), SUBNET, student, None, teacher)
+    with_logits = loss_of(task)(Batch(inputs, accumulation), KEPT, student, task_loss, teacher)
+    without = loss_of(task)(Batch(inputs, accumulation, head), KEPT, student, None, teacher)
     torch.testing.assert_close(without.parts, with_logits.parts)
     assert without.parts.keys() == {"task", "kl", "feature", "loss"}
 
@@ -84,5 +83,5 @@ def test_from_what_goes_into_the_head_it_is_the_same_as_from_logits(task, accumu
 def test_hidden_states_are_not_asked_for_where_no_layer_is_compared():
     head = head_of()
     student, teacher = ({"logits": outputs_of(width, width, head)["logits"]} for width in (6, HIDDEN))
-    found = loss_of(Classification(), beta=0.0)(Batch({}, MEANS), SUBNET, student, torch.tensor(1.0), teacher)
+    found = loss_of(Classification(), beta=0.0)(Batch({}, MEANS), KEPT, student, torch.tensor(1.0), teacher)
     assert found.parts.keys() == {"task", "kl", "loss"}

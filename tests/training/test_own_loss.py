@@ -9,9 +9,9 @@ import transformers as tf
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from mlfs import MLFSError, MLFSTrainer, SuperTransformer
+from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.supernet.importance import importance
-from mlfs.training.ranking import rank_units
+from mlfs.training.ranking import rank_depths, rank_units
 from mlfs.training.task import Classification, MultiLabelClassification
 from tests.tiny_models import make
 from tests.trainers import ONE_STEP, SPACE, one_step, own, rows, trainer
@@ -114,11 +114,12 @@ def test_the_order_without_a_loss_of_ones_own_is_that_of_the_models_loss(tmp_pat
             assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_ranking_by_gradients_without_labels_is_refused(tmp_path: Path) -> None:
-    t = trainer(tmp_path)
-    with pytest.raises(MLFSError, match="the gradient score needs labels in the batches"):
-        rank_units(t, "gradient", [{"input_ids": torch.ones(2, 3, dtype=torch.int64)}])
-    assert rank_units(t, "activation", [{"input_ids": torch.ones(2, 3, dtype=torch.int64)}])
+def test_ranking_without_labels_is_by_what_the_model_itself_predicts(tmp_path: Path) -> None:
+    t, batch = trainer(tmp_path), {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
+    for method in ("gradient", "activation"):
+        scores = rank_units(t, method, [batch])  # type: ignore[arg-type]
+        assert all(values.isfinite().all() and values.any() for values in scores.values())
+    assert sorted(rank_depths(t, "loss", [batch])) == [0, 1, 2, 3]
 
 
 # ---- a task that the labels decide ----------------------------------------------------------------------------------
