@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from mlfs.errors import MLFSError
 from mlfs.supernet.targets import LABELS, OwnTargets, has_labels, loss_on, on_device
 
-LayerMethod = Literal["loss", "influence", "even"]
-METHODS = ("loss", "influence", "even")
+LayerMethod = Literal["auto", "loss", "influence", "even"]
+METHODS = ("auto", "loss", "influence", "even")
 # Of SmolLM2, taking each of a few layers of least influence out finds depths as good as trying all of them does.
 CANDIDATES = 3
 BATCHES, PREDICTIONS = 8, 2048  # at most so many batches, and no more once they have so many labels
@@ -34,6 +34,14 @@ def check_layer_method(method: str) -> None:
     """Raises MLFSError unless layers can be ranked so."""
     if method not in METHODS:
         raise MLFSError(f"layers={method!r}: expected one of {', '.join(map(repr, METHODS))}")
+
+
+def method_of(model: PreTrainedModel, method: LayerMethod) -> LayerMethod:
+    """Chooses how the layers of a model are ranked where that is left open: "loss" for models that generate text, of
+    which a slice has to be good at once; else "even", which trains to better scores (docs/results.md)."""
+    if method != "auto":
+        return method
+    return "loss" if model.can_generate() else "even"
 
 
 class DepthSearch:
@@ -133,8 +141,10 @@ def rank_layers(
         batches, loss_of, reduce: see `depth_search`.
 
     Raises:
-        MLFSError: no batch.
+        MLFSError: no batch; or a method that ranks nothing.
     """
+    if method not in ("loss", "influence"):
+        raise MLFSError(f"method={method!r} ranks no layers: expected 'loss' or 'influence'")
     with depth_search(supernet, batches, loss_of, reduce) as search:
         return search.ranking(method, least=supernet.space.min.depth)
 

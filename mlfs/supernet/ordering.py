@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from mlfs.space.subnet import Subnet
-from mlfs.supernet.depth import LayerMethod, check_layer_method, rank_layers
+from mlfs.supernet.depth import LayerMethod, check_layer_method, method_of, rank_layers
 from mlfs.supernet.importance import Method, Scores, importance
 from mlfs.supernet.moments import Order, rotate_by_batches
 from mlfs.supernet.permutation import (
@@ -29,7 +29,7 @@ class Ordered(Recorded):
         self,
         method: Order = "magnitude",
         batches: Iterable[Mapping[str, Any]] | None = None,
-        layers: LayerMethod = "loss",
+        layers: LayerMethod = "auto",
     ) -> None:
         """Permutes heads, feed-forward units and the residual stream, most important first, and ranks the layers.
 
@@ -40,7 +40,8 @@ class Ordered(Recorded):
         Args:
             method: "rotation", or as of `mlfs.supernet.importance.importance`.
             batches: keyword arguments of the model; they need no labels.
-            layers: how layers are ranked, see `mlfs.supernet.depth`; "even" keeps evenly spaced ones.
+            layers: how layers are ranked, see `mlfs.supernet.depth`; "even" keeps evenly spaced ones, "auto" is "loss"
+                for models that generate text and "even" for others.
 
         Raises:
             MLFSError: as `mlfs.supernet.importance.importance`, and for "rotation" as `apply_rotation`; or `layers` is
@@ -52,6 +53,7 @@ class Ordered(Recorded):
             permutation = rotate_by_batches(self, used)
         else:
             permutation = permutation_of(self.importance(method, used))
+        layers = method_of(cast(Any, self).model, layers)
         if used is not None and layers != "even" and cast(Any, self).space.counts_layers:
             permutation[LAYERS] = self.rank_layers(layers, used)
         self.apply_permutation(permutation)
@@ -64,7 +66,6 @@ class Ordered(Recorded):
 
     def rank_layers(self, method: LayerMethod, batches: Iterable[Mapping[str, Any]]) -> list[int]:
         """Lists all layers, those that matter most first, and changes nothing; see `mlfs.supernet.depth`."""
-        check_layer_method(method)
         return rank_layers(self, method, batches)
 
     def kept_layers(self, subnet: Subnet) -> tuple[int, ...]:

@@ -83,9 +83,10 @@ class MLFSArguments(TrainingArguments):
         "Mistral, Qwen2, Qwen3).",
     )
     order_layers: str = _option(
-        "loss",
+        "auto",
         "Which layers a depth keeps, where the space says how many: 'loss' (taken out one by one, each time the one "
-        "that the loss rises least without), 'influence' (the one that changes its input least) or 'even' (spaced).",
+        "that the loss rises least without), 'influence' (the one that changes its input least) or 'even' (spaced). "
+        "'auto' is 'loss' for models that generate text, 'even' for others.",
     )
     order_batches: int = _option(30, "Training batches the ranking is computed from; of layers the first 8.")
     merge_stages: bool = _option(

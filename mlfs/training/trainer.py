@@ -25,6 +25,7 @@ from mlfs.errors import MLFSError
 from mlfs.files import read_json, write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
+from mlfs.supernet.depth import LayerMethod, method_of
 from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import LAYERS, permutation_of
@@ -273,12 +274,15 @@ class MLFSTrainer(SubnetTrainer):
         elif args.order != "none":
             supernet.apply_permutation(permutation_of(rank_units(self, args.order, prepared)))  # type: ignore[arg-type]
         if self._ranks_layers():
-            supernet.apply_permutation({LAYERS: rank_depths(self, args.order_layers, prepared)})  # type: ignore[arg-type]
+            supernet.apply_permutation({LAYERS: rank_depths(self, self._layer_method(), prepared)})
 
     def _ranks_layers(self) -> bool:
         """Whether which layers each depth keeps is found by measurement."""
         space = self.supernet.space
-        return space.counts_layers and len(space.layers) > 1 and self.args.order_layers != "even"
+        return space.counts_layers and len(space.layers) > 1 and self._layer_method() != "even"
+
+    def _layer_method(self) -> LayerMethod:
+        return method_of(self.supernet.model, self.args.order_layers)  # type: ignore[arg-type]
 
     # ---- optimizer and logs ---------------------------------------------------------------------------------------
 

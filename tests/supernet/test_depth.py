@@ -121,7 +121,7 @@ def test_bad_calls_are_refused():
     supernet = counted()
     with pytest.raises(MLFSError, match="no batch to rank the layers on: the calibration data is empty"):
         supernet.rank_layers("loss", [])
-    with pytest.raises(MLFSError, match="layers='best': expected one of 'loss', 'influence', 'even'"):
+    with pytest.raises(MLFSError, match="method='best' ranks no layers: expected 'loss' or 'influence'"):
         supernet.rank_layers("best", batches("ForSequenceClassification"))
     for wrong in ([0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4]):
         with pytest.raises(MLFSError, match=r"the permutation of layers \(layer None\) is not one of this model's"):
@@ -195,16 +195,26 @@ def test_a_number_finds_the_only_named_choice_of_so_many():
 
 def test_order_ranks_the_layers_too_unless_they_are_named_or_even():
     data = batches("ForSequenceClassification")
-    supernet, even, unmeasured = counted(), counted(), counted()
-    supernet.order("gradient", data)
+    supernet, even, unmeasured, left_open = (counted() for _ in range(4))
+    supernet.order("gradient", data, layers="loss")
+    left_open.order("gradient", data)
     assert supernet.permutation[LAYERS] == counted().rank_layers("loss", data)
     even.order("gradient", data, layers="even")
     unmeasured.order("magnitude")
     named = elastic("bert", "ForSequenceClassification")
     named.order("gradient", data)
-    assert all(LAYERS not in each.permutation for each in (even, unmeasured, named))
+    assert all(LAYERS not in each.permutation for each in (even, unmeasured, left_open, named))
     supernet.order("activation", data, layers="influence")
     assert supernet.permutation[LAYERS] == counted().rank_layers("influence", data)
+
+
+def test_left_open_layers_are_ranked_by_loss_where_text_is_generated():
+    data, supernet = batches("ForCausalLM"), counted("llama", "ForCausalLM")
+    supernet.order("activation", data)
+    assert supernet.permutation[LAYERS] == counted("llama", "ForCausalLM").rank_layers("loss", data)
+    for method in ("even", "auto"):
+        with pytest.raises(MLFSError, match=f"method='{method}' ranks no layers"):
+            supernet.rank_layers(method, data)
 
 
 def test_the_ranking_goes_wherever_the_run_goes(tmp_path):

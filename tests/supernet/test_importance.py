@@ -169,7 +169,7 @@ def test_bad_method_and_missing_data_are_refused():
             supernet.order(method)
         with pytest.raises(MLFSError, match="no batch to score importance on: the calibration data is empty"):
             supernet.order(method, [])
-    with pytest.raises(MLFSError, match="layers='size': expected one of 'loss', 'influence', 'even'"):
+    with pytest.raises(MLFSError, match="layers='size': expected one of 'auto', 'loss', 'influence', 'even'"):
         supernet.order("activation", [inputs()], layers="size")
     assert supernet.permutation == {}
 

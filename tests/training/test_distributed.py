@@ -67,7 +67,7 @@ def train(folder: Path, name: str, rows_per_process: int) -> None:
     if suffix == "ForCausalLM":
         data = data.map(ragged, with_indices=True).map(with_padding, with_indices=True)
     supernet = SuperTransformer(make(model, suffix), DEPTHS, rank=2)
-    settings = {**STEPS, "distill_beta": [0.3], "learning_rate": 0.1, **options}
+    settings = {**STEPS, "order_layers": "loss", "distill_beta": [0.3], "learning_rate": 0.1, **options}
     t = trainer(
         folder / name, model, suffix, supernet=supernet, train_dataset=data,
         per_device_train_batch_size=rows_per_process, **settings,
