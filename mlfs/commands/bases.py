@@ -31,7 +31,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Sizes on offer: {hidden: [...], heads: [...], ffn: [...], layers: [...]}; largest first. "
-            "Layers are numbers of layers, which ones is then measured (order_layers), or lists of indices. "
+            "Layers are numbers of layers (order_layers says which ones), or lists of indices. "
             "Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
             "all and half of the layers."
         },

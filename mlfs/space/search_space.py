@@ -17,8 +17,8 @@ class SearchSpace:
 
     Attributes:
         hidden, heads, ffn: descending, unique; the first of each is the full model's.
-        layers: how many layers are kept, descending, the first all of them: which, the super-transformer finds by
-            measurement when it is ordered. Or tuples of kept layer indices, which stay as given; the first keeps all
+        layers: how many layers are kept, descending, the first all of them: which, the super-transformer
+            settles when it is ordered. Or tuples of kept layer indices, which stay as given; the first keeps all
             layers, none keeps more than the one before it.
         per_layer: whether `sample` draws heads and ffn anew for every layer.
 
