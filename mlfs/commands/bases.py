@@ -31,9 +31,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Sizes on offer: {hidden: [...], heads: [...], ffn: [...], layers: [...]}; largest first. "
-            "Layers are numbers of layers (order_layers says which ones), or lists of indices. "
-            "Default: the model's own, two thirds and half of the width, half and quarter feed-forward, "
-            "all and half of the layers."
+            "Layers are numbers (order_layers says which ones) or lists of indices. Default: the model's own, two "
+            "thirds and half of the width, half and quarter feed-forward, all and half of the layers."
         },
     )
     per_layer: bool = field(default=False, metadata={"help": "Draw heads and feed-forward sizes anew for each layer."})

@@ -78,15 +78,13 @@ class MLFSArguments(TrainingArguments):
     train_norms: bool = _option(False, "Whether the weights of the norms train too.")
     order: str = _option(
         "gradient",
-        "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'; or "
-        "'rotation': the residual stream is rotated to its principal axes, and the rest ranked by gradient (Llama, "
-        "Mistral, Qwen2, Qwen3).",
+        "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'; "
+        "'rotation' (of Llama's kin) turns the residual stream to its principal axes, and ranks the rest by gradient.",
     )
     order_layers: str = _option(
         "auto",
-        "Which layers a depth keeps, where the space says how many: 'loss' (taken out one by one, each time the one "
-        "that the loss rises least without), 'influence' (the one that changes its input least) or 'even' (spaced). "
-        "'auto' is 'loss' for models that generate text, 'even' for others.",
+        "Which layers a depth given by number keeps: by 'loss' or 'influence' (taken out one by one, the least missed "
+        "first), or 'even' (spaced). 'auto': 'loss' for models that generate text, else 'even'.",
     )
     order_batches: int = _option(30, "Training batches the ranking is computed from; of layers the first 8.")
     merge_stages: bool = _option(
