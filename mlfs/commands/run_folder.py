@@ -57,8 +57,7 @@ def find_subnet(supernet: SuperTransformer, text: str, run: Path | None = None) 
         MLFSError: no such name, or sizes that are not in the space.
     """
     if text.lstrip().startswith("{"):
-        subnet = Subnet.from_json(text)
-        return supernet.layer_sizes(subnet).subnet
+        return supernet.layer_sizes(Subnet.from_json(text)).subnet
     if sizes := re.fullmatch(r"(\d+)/(\d+)/(\d+)/(\d+)", text.strip()):
         return supernet.layer_sizes(Subnet(*map(int, sizes.groups()))).subnet  # type: ignore[arg-type]
     if text in ("max", "min"):

@@ -24,22 +24,12 @@ from mlfs.training.runs import DATA_NAME, make_room, resume_point, stages_done
 from mlfs.training.trainer import MLFSTrainer
 
 
-def make_trainer(
-    supernet: SuperTransformer,
-    raw: RawData,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DataArguments,
-    args: MLFSArguments,
-) -> MLFSTrainer:
-    """Makes a trainer of `supernet` on the data, with the task's metrics; it records how the data was read."""
-    options = trainer_options(supernet, raw, tokenizer, data)
-    record = RecordData(Path(args.output_dir or "."), data, raw)
-    with setup_errors("these options cannot be trained with"):
-        return _Trainer(raw.task, supernet, args, **options, callbacks=[record])
+class RunTrainer(MLFSTrainer):
+    """Says after stage 0, before the other stages take their time, whether the whole model has learned the task.
 
-
-class _Trainer(MLFSTrainer):
-    """Says after stage 0, before the other stages take their time, whether the whole model has learned the task."""
+    Attributes:
+        baseline: what always the same answer scores; None where there is none to speak of.
+    """
 
     def __init__(self, task_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,9 +43,29 @@ class _Trainer(MLFSTrainer):
             scores = self._score(self.get_eval_dataloader(), "Evaluation after stage 0", [], "eval")
         row = {"name": "max", **scores}
         if self.is_world_process_zero() and self.baseline.metric in row:
-            print(f"\nafter stage 0 the whole model scores {row[self.baseline.metric]:.4g}; {self.baseline}")
-            if said := warning(self.baseline, [row]):
+            print(f"\nafter stage 0 the whole model scores {row[self.baseline.metric]:.4g}; ", end="")
+            self.compare([row])
+
+    def compare(self, rows: list[dict[str, Any]]) -> None:
+        """Prints the baseline, and which of the rows are not clearly better."""
+        if self.baseline is not None:
+            print(self.baseline)
+            if said := warning(self.baseline, rows):
                 print(said)
+
+
+def make_trainer(
+    supernet: SuperTransformer,
+    raw: RawData,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    args: MLFSArguments,
+) -> RunTrainer:
+    """Makes a trainer of `supernet` on the data, with the task's metrics; it records how the data was read."""
+    options = trainer_options(supernet, raw, tokenizer, data)
+    record = RecordData(Path(args.output_dir or "."), data, raw)
+    with setup_errors("these options cannot be trained with"):
+        return RunTrainer(raw.task, supernet, args, **options, callbacks=[record])
 
 
 def _labels_of(dataset: Any) -> list[float]:
@@ -136,15 +146,12 @@ def _check_labels(run: Path, raw: RawData) -> None:
         )
 
 
-def finish(trainer: MLFSTrainer, raw: RawData) -> list[dict[str, Any]]:
+def finish(trainer: RunTrainer, raw: RawData) -> list[dict[str, Any]]:
     """Evaluates the palette, prints it as a table and writes it as JSON."""
     rows = trainer.results(trainer.evaluate())
     if trainer.is_world_process_zero():
         print("\n" + results_table(rows))
-        if (baseline := baseline_of(raw.task, _labels_of(trainer.eval_dataset))) is not None:
-            print(f"{baseline}")
-            if said := warning(baseline, rows):
-                print(said)
+        trainer.compare(rows)
         path = save_results(trainer.run_folder, raw.task, rows)
         print(f"\nwritten to {path}")
     return rows

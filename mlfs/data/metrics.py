@@ -45,17 +45,13 @@ def compute_metrics_for(task: str, glue_name: str | None = None, num_labels: int
     {'accuracy': 1.0, 'f1': 1.0}
     """
     measure = _measure(task, glue_name, num_labels)
-    may_be_uneven = task == "classification" and glue_name is None
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = np.asarray(_first(prediction.predictions))
         labels = np.asarray(_first(prediction.label_ids))
         if not np.isfinite(logits).all():
             raise MLFSError("the model's predictions are not finite; training diverged: lower the learning rate")
-        found = measure(logits, labels)
-        if may_be_uneven and _is_uneven(labels):
-            found |= _matthews(logits, labels)
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(value) for name, value in measure(logits, labels).items()}
 
     return compute_metrics
 
@@ -112,9 +108,9 @@ def _measure(task: str, glue_name: str | None, num_labels: int | None) -> Measur
         return _correlations if glue_name == "stsb" else _correlations_and_error
     if glue_name == "cola":
         return _matthews
-    if glue_name in ("mrpc", "qqp") or (glue_name is None and num_labels == 2):
-        return _accuracy_and_f1
-    return _accuracy
+    if glue_name is None:
+        return _with_matthews_where_uneven(_accuracy_and_f1 if num_labels == 2 else _accuracy)
+    return _accuracy_and_f1 if glue_name in ("mrpc", "qqp") else _accuracy
 
 
 def _check(task: str) -> None:
@@ -134,9 +130,16 @@ def _accuracy_and_f1(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]
     return {**_accuracy(logits, labels), "f1": f1_score(labels, logits.argmax(-1), pos_label=1, zero_division=0.0)}
 
 
-def _is_uneven(labels: np.ndarray) -> bool:
-    """Whether one class has so many of the labels that accuracy says little."""
-    return labels.size > 0 and bool(np.unique(labels, return_counts=True)[1].max() > UNEVEN * labels.size)
+def _with_matthews_where_uneven(measure: Measure) -> Measure:
+    """Adds Matthews correlation where one class has so many of the labels that accuracy says little."""
+
+    def measure_both(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        found = measure(logits, labels)
+        if labels.size and np.unique(labels, return_counts=True)[1].max() > UNEVEN * labels.size:
+            found |= _matthews(logits, labels)
+        return found
+
+    return measure_both
 
 
 def _matthews(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

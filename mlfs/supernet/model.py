@@ -125,7 +125,7 @@ class SuperTransformer(Ordered):
         Raises:
             MLFSError: `subnet` is not in the space.
         """
-        with self.activate_sizes(self.layer_sizes(subnet)):
+        with self._scope.activate(self.layer_sizes(subnet)):
             yield self
 
     @contextmanager

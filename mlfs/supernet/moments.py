@@ -1,6 +1,6 @@
 """Measures along which directions the residual stream moves: its second moment, and the principal axes of that."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -9,37 +9,31 @@ from torch import Tensor
 
 from mlfs.errors import MLFSError
 from mlfs.models.residual import norms_of_readers
-from mlfs.supernet.importance import Method
+from mlfs.supernet.importance import Method, Scores
 from mlfs.supernet.permutation import Permutation, permutation_of
 from mlfs.supernet.rotation import check_rotatable
 
 Order = Method | Literal["rotation"]
 
 
-def rotate_by_batches(supernet: Any, batches: Iterable[Mapping[str, Any]] | None) -> Permutation:
+def rotate_by_batches(supernet: Any, score: Callable[[], Scores], axes_of: Callable[[Tensor], Tensor]) -> Permutation:
     """Rotates the residual stream of a super-transformer to its principal axes.
 
     Args:
-        batches: keyword arguments of the model.
+        score: runs the whole model on the batches and returns the scores of its units.
+        axes_of: makes the rotation of the second moment: `principal_axes`, of one process.
 
     Returns:
-        The order of heads and feed-forward units, by gradient.
+        The order of heads and feed-forward units by their scores; that of the residual stream is the rotation's.
 
     Raises:
-        MLFSError: it cannot be rotated; or batches that are missing or empty.
+        MLFSError: it cannot be rotated.
     """
     check_rotatable(supernet)
-    if batches is None:
-        raise MLFSError("method='rotation' needs batches to measure on; give some, or use method='magnitude'")
     with collecting_moment(supernet) as moment:
-        scores = supernet.importance("gradient", batches)
-    supernet.apply_rotation(principal_axes(moment))
-    return permutation_of(without_stream(scores))
-
-
-def without_stream(scores: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-    """Leaves the scores of the residual stream out, whose order a rotation gives."""
-    return {key: values for key, values in scores.items() if key[0] != "hidden"}
+        scores = score()
+    supernet.apply_rotation(axes_of(moment))
+    return permutation_of({axis: values for axis, values in scores.items() if axis[0] != "hidden"})
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mlfs.errors import MLFSError
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.depth import LayerMethod, check_layer_method, method_of, rank_layers
 from mlfs.supernet.importance import Method, Scores, importance
-from mlfs.supernet.moments import Order, rotate_by_batches
+from mlfs.supernet.moments import Order, principal_axes, rotate_by_batches
 from mlfs.supernet.permutation import (
     LAYERS,
     Permutation,
@@ -50,7 +51,7 @@ class Ordered(Recorded):
         check_layer_method(layers)
         used = None if batches is None else list(batches)
         if method == "rotation":
-            permutation = rotate_by_batches(self, used)
+            permutation = rotate_by_batches(self, lambda: self._importance_beside_rotation(used), principal_axes)
         else:
             permutation = permutation_of(self.importance(method, used))
         layers = method_of(cast(Any, self).model, layers)
@@ -63,6 +64,11 @@ class Ordered(Recorded):
         supernet = cast(Any, self)
         with supernet.activate(supernet.space.max):
             return importance(supernet.model, supernet.dimensions, method, batches)
+
+    def _importance_beside_rotation(self, batches: list[Mapping[str, Any]] | None) -> Scores:
+        if batches is None:
+            raise MLFSError("method='rotation' needs batches to measure on; give some, or use method='magnitude'")
+        return self.importance("gradient", batches)
 
     def rank_layers(self, method: LayerMethod, batches: Iterable[Mapping[str, Any]]) -> list[int]:
         """Lists all layers, those that matter most first, and changes nothing; see `mlfs.supernet.depth`."""

@@ -266,15 +266,16 @@ class MLFSTrainer(SubnetTrainer):
 
     def _order(self) -> None:
         """Ranks units and layers by the first training batches, and orders them so."""
-        args, supernet = self.args, self.supernet
+        args, permutation = self.args, {}
         batches = itertools.islice(iter(self.get_train_dataloader()), args.order_batches)
         prepared = [self._prepare_inputs(dict(batch)) for batch in batches]
         if args.order == "rotation":
-            rotate_units(self, prepared)
+            permutation = rotate_units(self, prepared)
         elif args.order != "none":
-            supernet.apply_permutation(permutation_of(rank_units(self, args.order, prepared)))  # type: ignore[arg-type]
+            permutation = permutation_of(rank_units(self, args.order, prepared))  # type: ignore[arg-type]
         if self._ranks_layers():
-            supernet.apply_permutation({LAYERS: rank_depths(self, self._layer_method(), prepared)})
+            permutation[LAYERS] = rank_depths(self, self._layer_method(), prepared)
+        self.supernet.apply_permutation(permutation)  # once: it copies every weight
 
     def _ranks_layers(self) -> bool:
         """Whether which layers each depth keeps is found by measurement."""
