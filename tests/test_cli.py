@@ -179,10 +179,11 @@ def test_help_shows_the_methods_options_before_those_of_transformers_with_their_
     assert len(text.splitlines()) < 250
 
 
-def test_help_all_shows_every_training_argument(capsys: Any) -> None:
+def test_help_all_shows_every_option(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
-    assert "--fsdp" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--fsdp" in text and all(f"--{field.name} " in text for field in dataclasses.fields(MLFSArguments))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

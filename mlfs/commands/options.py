@@ -49,6 +49,11 @@ COMMON = frozenset(
         "dataloader_num_workers",
     ]
 )
+# Of the method's own options, those that few people need.
+RARE = {
+    "fused_head_loss", "gamma_normalization", "merge_stages", "order_batches", "projection", "projection_size",
+    "stop_ends", "subnet_draws", "temperature",
+}  # fmt: skip
 DEFAULTS = {"eval_strategy": "epoch", "report_to": "none", "logging_steps": 50}  # instead of transformers'
 GROUPS = {"ModelArguments": "Model and sizes", "DataArguments": "Data", "MLFSArguments": "Method"}
 RENAMED = {"fold_stages": "merge_stages"}
@@ -211,11 +216,11 @@ def _in_yaml(value: Any) -> str:
 
 
 def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = True) -> Any:
-    """The parser of all fields of `kinds`; unless `all_options`, its help leaves out the rarer ones of transformers."""
+    """The parser of all fields of `kinds`; unless `all_options`, its help leaves out the rarer ones."""
     from jsonargparse import ArgumentParser
     from transformers import TrainingArguments
 
-    rare = set() if all_options else {field.name for field in dataclasses.fields(TrainingArguments)} - COMMON
+    rare = set() if all_options else {field.name for field in dataclasses.fields(TrainingArguments)} - COMMON | RARE
     parser = ArgumentParser(
         prog="mlfs train", usage=USAGE, description=DESCRIPTION, exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
@@ -234,8 +239,8 @@ def _parser(kinds: tuple[type, ...], types: dict[str, Any], all_options: bool = 
                     help=argparse.SUPPRESS if field.name in rare else _help(field),
                 )
     group = parser.add_argument_group("Help")
-    group.add_argument("--help", action="store_true", help="show the method's options and the most used of training")
-    group.add_argument("--help-all", action="store_true", help="show transformers' TrainingArguments too")
+    group.add_argument("--help", action="store_true", help="show the options that most people need")
+    group.add_argument("--help-all", action="store_true", help="show the rarer ones, too")
     for action in parser._actions:  # what jsonargparse adds by itself, and `read_flags` does not let through
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
         if action.dest.endswith(".help") or any("." in option for option in action.option_strings):

@@ -212,6 +212,13 @@ class ElasticLinear(Elastic):
         if stage is not None:
             self.trained_stages = max(self.trained_stages, stage + 1)
 
+    def forget_idle_stages(self) -> None:
+        """Leaves the last stages out of the computation, as far as they have no effect and do not train."""
+        while self.trained_stages > max(self.stages_begun(), self.merged_stages):
+            if self.lora_B[self.trained_stages - 1].any():
+                return
+            self.trained_stages -= 1
+
     @torch.no_grad()
     def merge_stages(self, stages: int) -> None:
         """Reads the first `stages` stages from one merged matrix beside the untouched W, or, for 0, reads W again.
@@ -227,7 +234,10 @@ class ElasticLinear(Elastic):
             raise MLFSError("the base trains: it cannot be read from a merged copy; freeze it, or do not merge")
         self.merged_stages, self._merged = 0, None
         if stages:
-            self._merged = self.merged_weight(stages)
+            adds = any(b.any() for b in self.lora_B[: min(stages, self.trained_stages)])
+            is_wide = self.own_weight.dtype == torch.promote_types(self.own_weight.dtype, torch.float32)
+            # a copy only of what differs: nothing does where the base trained in these stages
+            self._merged = self.merged_weight(stages) if adds or not is_wide else self._matrix().detach()
             self.merged_stages = stages
 
     def merged_weight(self, stages: int | None = None, columns: int | None = None, spans: Sequence[int] = ()) -> Tensor:

@@ -30,7 +30,8 @@ def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> in
 
     Arguments: as `count_parameters`.
     """
-    total = sum(used for parameter, used in _used_numbers(model, layers_name, sizes) if parameter.requires_grad)
+    used_once = {id(p): (p, used) for p, used in _used_numbers(model, layers_name, sizes)}  # tied ones, too
+    total = sum(used for parameter, used in used_once.values() if parameter.requires_grad)
     for module in model.modules():
         if isinstance(module, ElasticLinear):
             columns, rows = module.read_sizes(sizes)

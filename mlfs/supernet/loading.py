@@ -58,6 +58,12 @@ def check_same(supernet: Any, state: SavedState, place: object) -> Fingerprint:
     if odd := [key for key in own if saved[key] != own[key]]:
         raise MLFSError(f"{place} was saved with another {', '.join(odd)}: resume with the options of that run")
     found = without_owned(supernet.fingerprint(), state)
+    trained = supernet.own_parameters().keys() & supernet.fingerprint().keys()
+    if lost := sorted(name for name in trained if not {name, name.rpartition(".")[0]} & set(state.owned)):
+        raise MLFSError(
+            f"{lost[0]} of the base has trained here, and {place} was saved before it did: restore that into a "
+            "super-transformer of the base loaded anew"
+        )
     check_base(found, state.fingerprint, supernet.model.dtype, state.base_name, place)
     check_config(config_as_loaded(supernet), state.config, place)
     check_constants(supernet.base_constants, state.constants, supernet.model.dtype, place)

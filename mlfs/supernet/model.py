@@ -88,6 +88,7 @@ class SuperTransformer(Ordered):
         self.new_parameters = new_parameters(model)
         self.base_constants = constants(model)
         self.stage: int | None = 0 if stages and rank else None
+        self.trains_base = False
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
         self._fingerprint: Fingerprint | None = None
         adapters = AdapterOptions(rank, stages, alpha)
@@ -224,26 +225,47 @@ class SuperTransformer(Ordered):
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
-    def train_stage(self, stage: int | None, head: bool = True, norms: bool = False) -> None:
+    def train_stage(self, stage: int | None, head: bool = True, norms: bool = False, base: bool = False) -> None:
         """Lets only the adapters of `stage` train (None: of no stage), and the task head and norms as asked.
 
+        Args:
+            base: whether all weights of the model train instead of the adapters. From then on they belong to the run,
+                whose folder has them whole.
+
         Raises:
-            MLFSError: there is no such stage.
+            MLFSError: there is no such stage; or the base trains while stages are merged into a copy of it.
         """
         if stage is not None and not 0 <= stage < self.stages:
             raise MLFSError(f"stage={stage}: this super-transformer has stages 0 to {self.stages - 1}")
-        train_stage(self.model, stage)
-        self.stage = stage
-        if norms:
+        if base and self.merged_stages:
+            raise MLFSError("stages are merged into a copy of the base, which would not train: merge_stages(0) first")
+        if norms or base:
             self.fingerprint()  # of the base as it was loaded
+        train_stage(self.model, None if base else stage)
+        self.stage = stage
+        self._train_base(base)
         for module in self.elastic():
-            if isinstance(module, ElasticNorm):
+            if isinstance(module, ElasticNorm) and not base:
                 module.train_base(norms)
                 module.owned |= norms
             elif module.is_head:
                 module.train_base(head)
         self.record.write()
         watch_next_optimizer(self)
+
+    def _train_base(self, trains: bool) -> None:
+        """Lets all that the model computes with, but heads and stages, train, or freezes it again."""
+        if not trains and not self.trains_base:
+            return
+        self.trains_base = trains
+        base = self.base_parameters() | {name: self.model.get_parameter(name) for name in self.new_parameters}
+        for parameter in base.values():
+            parameter.requires_grad_(trains)
+        if trains:
+            self.new_parameters = self.new_parameters | base.keys()
+            for module in self.elastic():
+                if isinstance(module, ElasticLinear):
+                    module.forget_idle_stages()
 
     def merge_stages(self, stages: int) -> None:
         """Merges the first `stages` stages into an fp32 copy of the projections, which is read instead; 0: undoes it.

@@ -123,7 +123,9 @@ class Record(nn.Module):
         moved = any(order != sorted(order) for axis, order in permutation.items() if axis != LAYERS)
         moved = moved or supernet.rotation is not None
         changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
-        hashes = (supernet._fingerprint or {}) if changed else {}
+        hashes = supernet._fingerprint or {}
+        if not changed and hashes.keys().isdisjoint(supernet.new_parameters):
+            hashes = {}
         unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
         ownership, rows = [], []
         for name in self._names:

@@ -71,6 +71,8 @@ def check_rotatable(supernet: Any) -> None:
         raise MLFSError(reason)
     if supernet.rotation is not None:
         raise MLFSError("the residual stream is rotated already: to rotate it by another matrix, load the base anew")
+    if not supernet.base_parameters():
+        return  # all weights are the run's: folded norms are saved with what they were folded into
     norms = {name for name, module in supernet.model.named_modules() if isinstance(module, ElasticNorm)}
     if trained := [name for name in supernet.owned_modules() if name in norms]:
         raise MLFSError(

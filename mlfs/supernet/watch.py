@@ -9,20 +9,19 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.errors import MLFSError
 
-_WATCHED: MutableMapping[nn.Module, int] = weakref.WeakKeyDictionary()  # the stage that no optimizer has moved yet
+_WATCHED: MutableMapping[Any, int] = weakref.WeakKeyDictionary()  # the stage that no optimizer has moved yet
 
 
 def watch_next_optimizer(supernet: Any) -> None:
     """Checks the steps of optimizers from now on, until one moves the stage that trains; then no more.
 
-    A step raises MLFSError if its optimizer holds other stages of the super-transformer and not the one that trains.
-    One that holds no stage at all, such as a task head's, passes.
+    A step raises MLFSError if its optimizer holds other stages of the super-transformer, or its base, and not what
+    trains. One that holds neither, such as a task head's, passes.
     """
     _WATCHED.pop(supernet, None)
     if supernet.stage is not None:
@@ -35,13 +34,16 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for supernet, stage in list(_WATCHED.items()):
         layers = [layer for layer in supernet.modules() if isinstance(layer, ElasticLinear) and layer.stages]
-        stages = {s for layer in layers for s in range(layer.stages) if held & _ids_of(layer, s)}
-        if stage in stages:
+        parts = {f"stage {s}": {i for layer in layers for i in _ids_of(layer, s)} for s in range(supernet.stages)}
+        parts["the base"] = {id(layer.own_weight) for layer in layers}
+        trains = "the base" if supernet.trains_base else f"stage {stage}"
+        parts_held = [part for part, ids in parts.items() if held & ids]
+        if trains in parts_held:
             del _WATCHED[supernet]
-        elif stages:
+        elif parts_held:
             raise MLFSError(
-                f"this {type(optimizer).__name__} holds stage {min(stages)} and not stage {stage}, which trains: make "
-                f"a new optimizer after train_stage({stage}), or one of all of model.parameters()"
+                f"this {type(optimizer).__name__} holds {parts_held[0]} and not {trains}, which trains: make a new "
+                f"optimizer after train_stage({stage}), or one of all of model.parameters()"
             )
 
 

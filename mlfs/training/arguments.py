@@ -76,6 +76,12 @@ class MLFSArguments(TrainingArguments):
     )
     train_head: bool = _option(True, "Whether a new task head (classifier and the like) trains, in every stage.")
     train_norms: bool = _option(False, "Whether the weights of the norms train too.")
+    train_base: list[int] = _option(
+        [],
+        "Stages in which all weights train instead of adapters: '0' for a fully fine-tuned teacher, '0 1 2' for all. "
+        "The run folder then holds the whole model.",
+    )
+    base_learning_rate: float = _option(1e-4, "Learning rate of stages in which all weights train.")
     order: str = _option(
         "gradient",
         "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'; "
@@ -112,6 +118,8 @@ class MLFSArguments(TrainingArguments):
 
     def _check_stages(self) -> None:
         stages = self.stages_to_train
+        if isinstance(self.train_base, bool):
+            self.train_base = list(stages) if self.train_base else []
         if not stages or sorted(set(stages)) != list(stages) or not set(stages) <= {0, 1, 2}:
             raise MLFSError(f"stages_to_train={stages}: expected ascending stages out of 0, 1, 2")
         for name in ("stage_epochs", "stage_steps", "stage_learning_rates"):
@@ -120,6 +128,9 @@ class MLFSArguments(TrainingArguments):
                 raise MLFSError(f"{name}={values}: expected one value, or one for each of the stages {stages}")
             if any(value <= 0 for value in values):
                 raise MLFSError(f"{name}={values}: expected positive values")
+
+        if not set(self.train_base) <= set(stages):
+            raise MLFSError(f"train_base={self.train_base}: expected some of the stages that train, {stages}")
 
     def _check_ranges(self) -> None:
         for name in ("rank", "subnets_per_step", "projection_size", "order_batches"):

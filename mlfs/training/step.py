@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.norm import ElasticLayerNorm
 from mlfs.errors import MLFSError
 from mlfs.models.configuration import has_final_norm
 from mlfs.models.fused.lm_head import vocabulary_head
@@ -186,6 +187,13 @@ class SubnetTrainer(PaletteTrainer):
             and (self.label_smoother is None or type(self.label_smoother) is LabelSmoother)
             and getattr(self.accelerator, "parallelism_config", None) is None
         )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names the parameters that weight decay applies to: those that it does in the plain model."""
+        # transformers finds norms by their class and, of some families only, by their names
+        norms = {name for name, module in model.named_modules() if isinstance(module, ElasticLayerNorm)}
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[0] not in norms]
 
     def _execution(self, count: int) -> Execution:
         """Returns how `count` subnets run; one has nobody to keep step with."""

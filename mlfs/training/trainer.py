@@ -229,7 +229,8 @@ class MLFSTrainer(SubnetTrainer):
     def _set_length_and_rate(self, settings: Mapping[str, Any]) -> None:
         """Has the arguments say how long the stage is, and its learning rate."""
         args, stage = self.args, self.stage
-        args.learning_rate = args.of_stage("stage_learning_rates", stage, settings["learning_rate"])
+        rate = args.base_learning_rate if stage in args.train_base else settings["learning_rate"]
+        args.learning_rate = args.of_stage("stage_learning_rates", stage, rate)
         args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
         steps = args.of_stage("stage_steps", stage, None)
         if steps:
@@ -240,9 +241,10 @@ class MLFSTrainer(SubnetTrainer):
             args.max_steps = settings["max_steps"]
 
     def _let_train(self) -> None:
-        """Lets the stage's adapters (head, norms) train, and merges the stages before."""
-        self.supernet.train_stage(self.stage, head=self.args.train_head, norms=self.args.train_norms)
-        self.supernet.merge_stages(self.stage if self.args.merge_stages else 0)
+        """Lets the stage's adapters (head, norms) train, and merges the stages before; or lets all weights train."""
+        args, base = self.args, self.stage in self.args.train_base
+        self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base)
+        self.supernet.merge_stages(self.stage if args.merge_stages and not base else 0)
 
     def _leave_stage(self) -> None:
         """Saves the stage, and leaves the model as it was before it was prepared."""

@@ -1,0 +1,284 @@
+"""What training makes of a palette: variants of the method, beside each size trained alone with all of its weights.
+
+    python -m bench.quality.training --only teachers                  the whole model, fine-tuned: stage 0
+    python -m bench.quality.training --only palettes --variants default base
+    python -m bench.quality.training --only twins                     the strong alternative: one size a run
+    python -m bench.quality.training --table                          prints the recorded results
+
+MiniLM on 16,000 sentences of SST-2, or all of another task's examples. Teachers are fine-tuned once for each seed, and
+kept in `runs/`; palettes are trained from one in stages 1 and 2, half a pass each, unless a variant says otherwise;
+twins are the same slices of the same teacher, ordered the same way, each trained alone for one pass with all of its
+weights, distilled from that teacher. Every run is kept as it ends, and is not run again. Scores are the task's metric
+on the dev set, and on examples of the training set that were held back, by which settings are chosen.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from bench.environment import ROOT, environment
+from bench.quality.palette import SPACE, SUBNETS, Distilled
+from mlfs import MLFSArguments, MLFSTrainer, SuperTransformer
+from mlfs.commands.bases import load_model, load_tokenizer
+from mlfs.data.arguments import DataArguments
+from mlfs.data.metrics import compute_metrics_for
+from mlfs.data.raw import RawData, load_raw
+from mlfs.data.tokens import tokenize
+from mlfs.files import write_json
+from mlfs.models.pretrained import MINILM
+from mlfs.report.table import table
+
+RESULTS = ROOT / "bench" / "results" / "training.json"
+GLUE = ROOT.parent / "shared" / "data" / "glue"
+RUNS = ROOT / "runs" / "training"
+HELD_BACK = 3000  # at most, and at most a tenth of a task's examples
+TRAINED = {"SST-2": 16_000}  # of all there are, where not all
+
+# Of `MLFSArguments`, for stage 0.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "adapters": {},
+    "base": {"train_base": [0]},
+}
+# Of `MLFSArguments`, for stages 1 and 2; "teacher" names another teacher than `base`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default, adapters' teacher": {"teacher": "adapters"},
+    "base": {"train_base": [1, 2]},
+    "base, lr 3e-4": {"train_base": [1, 2], "base_learning_rate": 3e-4},
+    "rank 32": {"rank": 32, "lora_alpha": 64.0},
+    "norms": {"train_norms": True},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="SST-2", help="a folder of --data")
+    parser.add_argument("--data", type=Path, default=GLUE)
+    parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
+    parser.add_argument("--teachers", nargs="+", default=["base"], choices=TEACHERS)
+    parser.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of the twins, by number")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates of the twins")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the recorded results and stop")
+    given = parser.parse_args(arguments)
+    recorded = json.loads(given.output.read_text()) if given.output.exists() else {}
+    if not given.table:
+        run(given, recorded)
+    print(show(recorded))
+
+
+def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """Does what `given` names and is not in `recorded`, and writes each result as soon as there is one."""
+    subject = load(given.data / given.task, given.task)
+
+    def once(kind: str, name: str, seed: int, work: Any) -> None:
+        rows = recorded.setdefault(given.task, {}).setdefault(kind, {}).setdefault(name, {})
+        if str(seed) not in rows:
+            rows[str(seed)] = {**work(), "environment": environment(seed)}
+            write_json(given.output, recorded)
+            print(kind, name, seed, {k: v for k, v in rows[str(seed)].items() if k not in ("environment", "options")})
+
+    for seed in given.seeds:
+        if given.only in (None, "teachers"):
+            for name in given.teachers:
+                once("teachers", name, seed, lambda name=name, seed=seed: train_teacher(subject, name, seed))
+        if given.only in (None, "palettes"):
+            for name in given.variants:
+                once("palettes", name, seed, lambda name=name, seed=seed: train_palette(subject, name, seed))
+        if given.only in (None, "twins"):
+            for rate in given.rates:
+                for size in given.sizes:
+                    name = f"{SUBNETS[size]}, lr {rate:g}"
+                    once("twins", name, seed, lambda *a, n=size, r=rate, s=seed: train_twin(subject, n, r, s))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Holds a task: what is trained on, what is held back of it, and the dev set."""
+
+    name: str
+    raw: RawData
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_back: Dataset
+    dev: Dataset
+
+    def of_trainer(self) -> dict[str, Any]:
+        """Returns the arguments of a Trainer that say what it reads, and how it measures."""
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.dev,
+            "processing_class": self.tokenizer,
+            "data_collator": DataCollatorWithPadding(self.tokenizer),
+            "compute_metrics": compute_metrics_for(self.raw.task, self.raw.glue_name, self.raw.num_labels or None),
+        }
+
+    def model(self) -> PreTrainedModel:
+        """Loads the pretrained model with a new head."""
+        return load_model(MINILM, self.raw, self.tokenizer)
+
+
+def load(folder: Path, name: str) -> Subject:
+    """Reads a task, and holds some of its training examples back: of SST-2, whose examples are parts of each other,
+    only such as share no five words with one that is trained on."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} does not exist: give the folder of GLUE's tasks with --data")
+    data = DataArguments(train_file=str(folder / "train.tsv"), validation_file=str(folder / "dev.tsv"))
+    raw, tokenizer = load_raw(data), load_tokenizer(MINILM)
+    sets = tokenize(raw, tokenizer, data)
+    whole = sets["train"]
+    order = np.random.default_rng(0).permutation(len(whole))
+    count = TRAINED.get(name, len(whole) - min(HELD_BACK, len(whole) // 10))
+    train, rest = whole.select(np.sort(order[:count])), whole.select(np.sort(order[count:]))
+    if name in TRAINED:
+        seen = {words for ids in train["input_ids"] for words in _fives(ids)}
+        apart = [i for i, ids in enumerate(rest["input_ids"]) if seen.isdisjoint(_fives(ids)) and len(ids) > 6]
+        rest = rest.select(apart[:HELD_BACK])
+    return Subject(name, raw, tokenizer, train, rest, sets["validation"])
+
+
+def _fives(ids: Sequence[int]) -> list[tuple[int, ...]]:
+    """Lists the runs of five tokens of an example, without those that begin and end it."""
+    return [tuple(ids[i : i + 5]) for i in range(1, len(ids) - 5)]
+
+
+def arguments_of(seed: int, folder: Path, **options: Any) -> dict[str, Any]:
+    """Returns what all trainers have in common."""
+    return {
+        "output_dir": str(folder),
+        "seed": seed,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "logging_steps": 25,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **options,
+    }
+
+
+def scores(trainer: Trainer, subject: Subject) -> dict[str, Any]:
+    """Evaluates what a trainer has trained on the dev set and on what was held back: every size of a palette."""
+    found = {}
+    for name, rows in (("dev", subject.dev), ("held_back", subject.held_back)):
+        metrics = trainer.evaluate(rows)
+        if isinstance(trainer, MLFSTrainer):
+            found[name] = {row["subnet"]: _score(row) for row in trainer.results(metrics)}
+        else:
+            found[name] = _score({key.removeprefix("eval_"): value for key, value in metrics.items()})
+    return found
+
+
+def _score(metrics: dict[str, Any]) -> float:
+    """The metric that counts: F1 where a task has it (MRPC, QQP), as GLUE does beside accuracy; else accuracy."""
+    return float(next(metrics[name] for name in ("accuracy", "pearson", "loss") if name in metrics))
+
+
+def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
+    """Fine-tunes the whole model, and keeps it in `RUNS`."""
+    set_seed(seed)
+    folder = _teacher_folder(subject, name, seed)
+    supernet = SuperTransformer(subject.model(), SPACE)
+    palette = json.dumps({"max": SPACE.max.to_dict()})
+    options = {"learning_rate": 1e-3, "num_train_epochs": 1.0, **TEACHERS[name]}
+    given = arguments_of(seed, folder, stages_to_train=[0], overwrite_run=True, palette=palette, **options)
+    trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    found = scores(trainer, subject)
+    return {"seconds": seconds, **{key: next(iter(value.values())) for key, value in found.items()}, "options": options}
+
+
+def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
+    """Trains stages 1 and 2 from a teacher, as a variant says."""
+    options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **VARIANTS[name]}
+    options = {key: value for key, value in options.items() if key != "teacher"}
+    supernet = _from_teacher(subject, VARIANTS[name].get("teacher", "base"), seed, options)
+    set_seed(seed)
+    palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
+    folder = RUNS / "palette"
+    given = arguments_of(seed, folder, **{"stages_to_train": [1, 2], "palette": palette, **options}, overwrite_run=True)
+    trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    found = scores(trainer, subject)
+    shutil.rmtree(folder)
+    return {"seconds": seconds, **found, "options": options}
+
+
+def train_twin(subject: Subject, size: int, rate: float, seed: int) -> dict[str, Any]:
+    """Trains one size alone: a slice of the teacher, ordered as a palette's, all of whose weights train."""
+    supernet = _from_teacher(subject, "base", seed, {})
+    teacher = supernet.extract(supernet.space.max).eval().requires_grad_(False)
+    set_seed(seed + 1)
+    loader = Trainer(args=TrainingArguments(**arguments_of(seed, RUNS / "twin")), model=teacher, **subject.of_trainer())
+    batches = [batch for batch, _ in zip(loader.get_train_dataloader(), range(30), strict=False)]
+    supernet.order(batches)
+    student = supernet.extract(SUBNETS[size]).requires_grad_(True)
+    set_seed(seed)
+    given = arguments_of(seed, RUNS / "twin", num_train_epochs=1, learning_rate=rate)
+    trainer = Distilled(student, TrainingArguments(**given), **subject.of_trainer())
+    trainer.teacher = teacher
+    start = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - start, **scores(trainer, subject)}
+
+
+def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any]) -> SuperTransformer:
+    """Makes a super-transformer whose base is a teacher."""
+    folder = _teacher_folder(subject, name, seed)
+    if not folder.exists():
+        raise SystemExit(f"no teacher {name!r} of seed {seed}: run --only teachers --teachers {name} first")
+    saved = SuperTransformer.from_pretrained(folder, subject.model())
+    set_seed(seed)
+    whole = saved.extract(saved.space.max)
+    rank = options.get("rank", 8)
+    return SuperTransformer(whole, SPACE, rank=rank, alpha=options.get("lora_alpha", 16.0), base_name="")
+
+
+def _teacher_folder(subject: Subject, name: str, seed: int) -> Path:
+    return RUNS / f"{subject.name}-{name}-{seed}"
+
+
+def show(recorded: dict[str, Any]) -> str:
+    """Lays the scores out, a row for each run's mean over its seeds."""
+    parts = []
+    for task, kinds in recorded.items():
+        for measured in ("dev", "held_back"):
+            rows = []
+            for kind, runs in kinds.items():
+                for name, seeds in runs.items():
+                    rows.append({"run": f"{kind[:-1]}: {name}", **_means(list(seeds.values()), measured)})
+            parts.append(f"{task}, {measured}\n{table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _means(runs: list[dict[str, Any]], measured: str) -> dict[str, str]:
+    """The mean score of each size, and the seconds, over the seeds."""
+    scored = [run[measured] if isinstance(run[measured], dict) else {"alone": run[measured]} for run in runs]
+    row = {size: f"{100 * np.mean([found[size] for found in scored]):.1f}" for size in scored[0]}
+    return {"seeds": str(len(runs)), "seconds": f"{np.mean([run['seconds'] for run in runs]):.0f}", **row}
+
+
+if __name__ == "__main__":
+    main()
