@@ -1,4 +1,4 @@
-"""The command line: `mlfs train | eval | export | demo | env`."""
+"""The command line: `mlfs train | eval | export | finish | demo | env`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlfs import __version__
 from mlfs.commands.options import train_arguments
@@ -21,6 +21,7 @@ verbs:
   train    make a model a super-transformer and train it in three low-rank stages
   eval     score one size of a trained run
   export   write one size of a trained run as an ordinary transformers checkpoint
+  finish   train one size of a run on alone, and write it as export does
   env      show what is active on this machine, and why: versions, backends, processors
 
 `mlfs VERB --help` explains a verb."""
@@ -106,9 +107,8 @@ def _eval(words: list[str]) -> None:
     from mlfs.data.arguments import DataArguments
 
     logging.set_verbosity_error()
-    names = ("validation_file", "dataset_name", "dataset_config_name", "validation_split", "max_seq_length",
-             "max_eval_samples")  # fmt: skip
-    options = {name: value for name in names if (value := getattr(given, name)) is not None}
+    options = _given(given, "validation_file", "dataset_name", "dataset_config_name", "validation_split",
+                     "max_seq_length", "max_eval_samples")  # fmt: skip
     data = DataArguments(**options) if options else None
     print(json.dumps(evaluate(given.run, given.subnet, data, given.batch_size, given.model)))
 
@@ -130,6 +130,46 @@ def _export(words: list[str]) -> None:
     from mlfs.commands.export import export
 
     print(export(given.run, given.subnet, given.output_dir, given.overwrite, given.model))
+
+
+def _finish(words: list[str]) -> None:
+    parser = _Parser(
+        "mlfs finish", description="Trains one size of a run on alone, with all of its weights and the whole model as "
+        "its teacher, and writes it as a transformers checkpoint that loads without mlfs. The run stays as it is. "
+        "Prints one JSON object: what the size scored before and after."
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, help="the run folder, or a stage of it")
+    parser.add_argument("--subnet", required=True, help="max, min, a name or sizes from the run's table, or JSON")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: new or empty, outside of runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
+    _add_model(parser)
+    parser.add_argument("--train_file", help="training data (default: the run's)")
+    parser.add_argument("--validation_file", help="validation data (default: the run's)")
+    parser.add_argument("--dataset_name", help="or a data set of the Hub")
+    parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
+    parser.add_argument("--max_train_samples", type=int, help="train on this many examples (default: all)")
+    parser.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data (default: 1)")
+    parser.add_argument("--max_steps", type=int, default=-1, help="steps, instead of passes")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of all weights (default: 1e-4)")
+    parser.add_argument("--batch_size", type=int, default=32, help="examples in a batch (default: 32)")
+    parser.add_argument("--seed", type=int, default=42, help="of the order of the data (default: 42)")
+    given = parser.parse_args(words)
+    from mlfs.commands.finish import finish
+    from mlfs.data.arguments import DataArguments
+
+    data = DataArguments(**_given(given, "train_file", "validation_file", "dataset_name", "dataset_config_name",
+                                  "max_train_samples"))  # fmt: skip
+    found = finish(
+        given.run, given.subnet, given.output_dir, given.overwrite, given.model, data,
+        base_learning_rate=given.learning_rate, num_train_epochs=given.num_train_epochs, max_steps=given.max_steps,
+        per_device_train_batch_size=given.batch_size, per_device_eval_batch_size=given.batch_size, seed=given.seed,
+    )  # fmt: skip
+    print(json.dumps(found))
+
+
+def _given(values: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Collects the options that were given."""
+    return {name: value for name in names if (value := getattr(values, name)) is not None}
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +204,7 @@ def _env(words: list[str]) -> None:
     print(show(given.json))
 
 
-VERBS = {"train": _train, "eval": _eval, "export": _export, "demo": _demo, "env": _env}
+VERBS = {"train": _train, "eval": _eval, "export": _export, "finish": _finish, "demo": _demo, "env": _env}
 
 if __name__ == "__main__":
     raise SystemExit(main())

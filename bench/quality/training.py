@@ -14,6 +14,8 @@ on the dev set, and on examples of the training set that were held back, by whic
 
 import argparse
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -71,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="SST-2", help="a folder of --data")
     parser.add_argument("--data", type=Path, default=GLUE)
     parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
-    parser.add_argument("--teachers", nargs="+", default=["base"], choices=TEACHERS)
-    parser.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS)
+    parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
+    parser.add_argument("--variants", nargs="+", default=["default"], help=f"{', '.join(VARIANTS)}, or JSON of options")
     parser.add_argument("--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of the twins, by number")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates of the twins")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -93,7 +95,7 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
         rows = recorded.setdefault(given.task, {}).setdefault(kind, {}).setdefault(name, {})
         if str(seed) not in rows:
             rows[str(seed)] = {**work(), "environment": environment(seed)}
-            write_json(given.output, recorded)
+            _record(given.output, (given.task, kind, name, str(seed)), rows[str(seed)])
             print(kind, name, seed, {k: v for k, v in rows[str(seed)].items() if k not in ("environment", "options")})
 
     for seed in given.seeds:
@@ -108,6 +110,17 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
                 for size in given.sizes:
                     name = f"{SUBNETS[size]}, lr {rate:g}"
                     once("twins", name, seed, lambda *a, n=size, r=rate, s=seed: train_twin(subject, n, r, s))
+
+
+def _record(path: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
+    """Adds a row to what the file holds by now: other runs may have ended meanwhile."""
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    *outer, last = keys
+    place = recorded
+    for key in outer:
+        place = place.setdefault(key, {})
+    place[last] = row
+    write_json(path, recorded)
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,7 @@ def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     folder = _teacher_folder(subject, name, seed)
     supernet = SuperTransformer(subject.model(), SPACE)
     palette = json.dumps({"max": SPACE.max.to_dict()})
-    options = {"learning_rate": 1e-3, "num_train_epochs": 1.0, **TEACHERS[name]}
+    options = {"learning_rate": 1e-3, "num_train_epochs": 1.0, **_options(TEACHERS, name)}
     given = arguments_of(seed, folder, stages_to_train=[0], overwrite_run=True, palette=palette, **options)
     trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
     start = time.perf_counter()
@@ -210,12 +223,11 @@ def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
 
 def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     """Trains stages 1 and 2 from a teacher, as a variant says."""
-    options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **VARIANTS[name]}
-    options = {key: value for key, value in options.items() if key != "teacher"}
-    supernet = _from_teacher(subject, VARIANTS[name].get("teacher", "base"), seed, options)
+    options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **_options(VARIANTS, name)}
+    supernet = _from_teacher(subject, options.pop("teacher", "base"), seed, options)
     set_seed(seed)
     palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
-    folder = RUNS / "palette"
+    folder = RUNS / f"palette-{os.getpid()}"
     given = arguments_of(seed, folder, **{"stages_to_train": [1, 2], "palette": palette, **options}, overwrite_run=True)
     trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
     start = time.perf_counter()
@@ -257,7 +269,12 @@ def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any
 
 
 def _teacher_folder(subject: Subject, name: str, seed: int) -> Path:
-    return RUNS / f"{subject.name}-{name}-{seed}"
+    return RUNS / f"{subject.name}-{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}"
+
+
+def _options(known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """The options of a variant, or those that its name spells out."""
+    return json.loads(name) if name.startswith("{") else known[name]  # type: ignore[no-any-return]
 
 
 def show(recorded: dict[str, Any]) -> str:

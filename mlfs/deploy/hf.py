@@ -4,7 +4,7 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlfs.deploy.model_card import model_card
 from mlfs.errors import MLFSError
@@ -21,9 +21,16 @@ _EXPORTED = (
 
 
 def write_checkpoint(
-    supernet: SuperTransformer, subnet: Subnet, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+    supernet: SuperTransformer,
+    subnet: Subnet,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    finished: PreTrainedModel | None = None,
 ) -> None:
     """Writes `subnet` with tokenizer and model card to `output_dir`, in place of what is there.
+
+    Args:
+        finished: a copy of the subnet that has trained on alone, to be written in its place.
 
     Everything is written beside the folder first, so that a write that fails leaves what was there.
 
@@ -36,7 +43,7 @@ def write_checkpoint(
         raise MLFSError(f"{output_dir} contains the run {inner}, which is never replaced: give another folder")
     if not supernet.is_exportable(subnet):
         raise MLFSError(supernet.why_not_exportable(subnet))
-    small = supernet.extract(subnet)
+    small = supernet.extract(subnet) if finished is None else finished
     output_dir = output_dir.resolve()  # a link stays, and what it names is replaced
     make_folder(output_dir.parent)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output_dir.parent) as scratch:
@@ -44,7 +51,9 @@ def write_checkpoint(
         try:
             small.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(model_card(supernet, subnet, small), encoding="utf-8")
+            (folder / "README.md").write_text(
+                model_card(supernet, subnet, small, finished is not None), encoding="utf-8"
+            )
         except OSError as error:
             raise MLFSError(
                 f"could not write {output_dir}: {error}. Free some disk space, or export elsewhere"

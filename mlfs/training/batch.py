@@ -45,6 +45,23 @@ class Accumulation:
         return targets.ne(IGNORED).sum() / self.items(targets)
 
 
+def accumulation_of(trainer: Any, num_items: Tensor | int | None) -> Accumulation:
+    """Finds what the losses of a batch are divided by: what `transformers.Trainer.training_step` does.
+
+    Args:
+        num_items: labels that count in all accumulated batches, where the Trainer has counted them.
+    """
+    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if is_scaled is None:
+        is_told = trainer.model_accepts_loss_kwargs and num_items is not None
+        is_scaled = is_told or trainer.compute_loss_func is not None
+    batches, processes = trainer.current_gradient_accumulation_steps, 1
+    if trainer.args.average_tokens_across_devices:
+        # the Trainer has counted the items of all processes
+        processes = trainer.accelerator.num_processes
+    return Accumulation(num_items, is_scaled, 1 if is_scaled else batches, processes, batches)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch of a step, the same for all of its subnets.

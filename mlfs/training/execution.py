@@ -92,6 +92,14 @@ def one_by_one(
     return losses
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Sets the modules of a model that trains as in evaluation, but those that recompute activations."""
+    for module in model.modules():
+        # these ask `training` whether to
+        if not hasattr(module, "gradient_checkpointing"):
+            module.training = False
+
+
 def lockstep(
     trainer: SubnetRunner,
     subnet_loss: SubnetLoss,

@@ -18,11 +18,11 @@ from mlfs.models.fused.lm_head import vocabulary_head
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
-from mlfs.training.batch import Accumulation, Batch
+from mlfs.training.batch import Accumulation, Batch, accumulation_of
 from mlfs.training.distillation import HiddenStateDistance
 from mlfs.training.distributed import average_gradients, without_sync
 from mlfs.training.evaluation import PaletteTrainer
-from mlfs.training.execution import EXECUTIONS, Execution, one_by_one
+from mlfs.training.execution import EXECUTIONS, Execution, one_by_one, without_dropout
 from mlfs.training.losses import LossOfSubnet, SubnetLoss
 from mlfs.training.means import RunningMeans
 from mlfs.training.runs import last_checkpoint
@@ -121,10 +121,7 @@ class SubnetTrainer(PaletteTrainer):
         if callable(set_optimizer := getattr(self.optimizer, "train", None)):
             set_optimizer()
         if self.stage not in self.args.dropout_stages:
-            for module in model.modules():
-                # what may recompute its activations asks `training` whether to
-                if not hasattr(module, "gradient_checkpointing"):
-                    module.training = False
+            without_dropout(model)
 
     def _batch_of(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Batch:
         """Gathers what the subnets have in common."""
@@ -135,7 +132,7 @@ class SubnetTrainer(PaletteTrainer):
         task = self.task_of_batch(inputs)
         return Batch(
             inputs,
-            self._accumulation(num_items_in_batch),
+            accumulation_of(self, num_items_in_batch),
             head,
             smoothing,
             unlabelled=task.unlabelled(inputs),
@@ -151,18 +148,6 @@ class SubnetTrainer(PaletteTrainer):
         if key not in self._tasks:
             self._tasks[key] = task_of(self.supernet.model, labels if key[1] else None)
         return self._tasks[key]
-
-    def _accumulation(self, num_items_in_batch: Tensor | int | None) -> Accumulation:
-        """Finds what the losses of a batch are divided by: what `transformers.Trainer.training_step` does."""
-        is_scaled = self.loss_is_scaled_for_ga
-        if is_scaled is None:
-            is_told = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            is_scaled = is_told or self.compute_loss_func is not None
-        batches, processes = self.current_gradient_accumulation_steps, 1
-        if self.args.average_tokens_across_devices:
-            # the Trainer has counted the items of all processes
-            processes = self.accelerator.num_processes
-        return Accumulation(num_items_in_batch, is_scaled, 1 if is_scaled else batches, processes, batches)
 
     def _head_to_leave_out(self, inputs: Mapping[str, Any]) -> ElasticLinear | None:
         """Returns the LM head if the loss of the batch is computed from what goes into it, without logits.

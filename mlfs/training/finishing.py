@@ -1,0 +1,81 @@
+"""`FinishingTrainer`: one size of a super-transformer trains on alone, taught by the whole model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from mlfs.models.configuration import has_final_norm
+from mlfs.space.subnet import Subnet
+from mlfs.supernet.model import SuperTransformer
+from mlfs.training.arguments import MLFSArguments
+from mlfs.training.batch import Batch, accumulation_of
+from mlfs.training.distillation import HiddenStateDistance, detached
+from mlfs.training.execution import without_dropout
+from mlfs.training.inputs import without_labels
+from mlfs.training.losses import SubnetLoss
+from mlfs.training.task import task_of
+
+
+class FinishingTrainer(Trainer):
+    """Trains a copy of one size, a plain transformers model, with all of its weights. Its teacher is maxnet.
+
+    The loss is that of a subnet in stages 1 and 2 (`distill_alpha`, `distill_beta`, `temperature`), without dropout.
+    The super-transformer itself stays as it is.
+
+    Args:
+        supernet: trained; it is what teaches.
+        subnet: the size to train; `small` is its copy.
+        args: the learning rate is `base_learning_rate`; what says how stages train is not read.
+        **kwargs: of `transformers.Trainer`.
+
+    Raises:
+        MLFSError: `subnet` is not in the space.
+    """
+
+    args: MLFSArguments
+
+    def __init__(
+        self, supernet: SuperTransformer, subnet: Subnet, args: MLFSArguments | None = None, **kwargs: Any
+    ) -> None:
+        args = copy.copy(MLFSArguments() if args is None else args)
+        args.learning_rate = args.base_learning_rate
+        self.small = supernet.extract(subnet).requires_grad_(True)
+        super().__init__(model=self.small, args=args, **kwargs)
+        task, dims = task_of(self.small), supernet.dimensions
+        if not task.divides_by_items:
+            self.model_accepts_loss_kwargs = False
+        self.supernet, self.subnet = supernet, subnet
+        supernet.to(self.args.device)
+        supernet.merge_stages(supernet.trained_stages)
+        distance = HiddenStateDistance(
+            dims.hidden,
+            dims.layers,
+            args.distill_beta,
+            args.projection_size,
+            seed=args.seed,
+            final_norm=has_final_norm(supernet.family),
+        ).to(self.args.device)
+        self.subnet_loss = SubnetLoss(task, distance, args.distill_alpha, args.temperature)
+        self.layers = supernet.kept_layers(subnet)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Computes the loss of a subnet while it trains, and the task's alone in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        without_dropout(model)
+        needs_states = {"output_hidden_states": True} if self.subnet_loss.distance.is_used else {}
+        given = without_labels(self.supernet.model, inputs, self.label_names)
+        self.supernet.model.eval()
+        with torch.no_grad(), self.supernet.activate(self.supernet.space.max):
+            teacher = detached(self.supernet(**given, **needs_states))
+        loss, outputs = super().compute_loss(model, {**inputs, **needs_states}, True, num_items_in_batch)
+        labels = inputs.get("labels")
+        task = task_of(self.supernet.model, labels)
+        batch = Batch(inputs, accumulation_of(self, num_items_in_batch), task=task, unlabelled=task.unlabelled(inputs))
+        found = self.subnet_loss(batch, self.layers, outputs, loss, teacher)
+        return (found.loss, outputs) if return_outputs else found.loss
