@@ -57,10 +57,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "adapters": {},
     "base": {"train_base": [0]},
 }
-# Of `MLFSArguments`, for stages 1 and 2; "teacher" names another teacher than `base`.
+# Of `MLFSArguments`, for stages 1 and 2; "from" names another teacher than `base`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "default, adapters' teacher": {"teacher": "adapters"},
+    "default, adapters' teacher": {"from": "adapters"},
     "base": {"train_base": [1, 2]},
     "base, lr 3e-4": {"train_base": [1, 2], "base_learning_rate": 3e-4},
     "rank 32": {"rank": 32, "lora_alpha": 64.0},
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="SST-2", help="a folder of --data")
+    parser.add_argument("--task", default="SST-2", help="a folder of --data; SST-2:2000 takes so many examples")
     parser.add_argument("--data", type=Path, default=GLUE)
     parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
     parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
     """Does what `given` names and is not in `recorded`, and writes each result as soon as there is one."""
-    subject = load(given.data / given.task, given.task)
+    subject = load(given.data / given.task.partition(":")[0], given.task)
 
     def once(kind: str, name: str, seed: int, work: Any) -> None:
         rows = recorded.setdefault(given.task, {}).setdefault(kind, {}).setdefault(name, {})
@@ -159,13 +159,14 @@ def load(folder: Path, name: str) -> Subject:
     sets = tokenize(raw, tokenizer, data)
     whole = sets["train"]
     order = np.random.default_rng(0).permutation(len(whole))
-    count = TRAINED.get(name, len(whole) - min(HELD_BACK, len(whole) // 10))
+    number = name.partition(":")[2]
+    count = int(number) if number else TRAINED.get(name, len(whole) - min(HELD_BACK, len(whole) // 10))
     train, rest = whole.select(np.sort(order[:count])), whole.select(np.sort(order[count:]))
-    if name in TRAINED:
+    if folder.name == "SST-2":
         seen = {words for ids in train["input_ids"] for words in _fives(ids)}
         apart = [i for i, ids in enumerate(rest["input_ids"]) if seen.isdisjoint(_fives(ids)) and len(ids) > 6]
         rest = rest.select(apart[:HELD_BACK])
-    return Subject(name, raw, tokenizer, train, rest, sets["validation"])
+    return Subject(name.replace(":", "-"), raw, tokenizer, train, rest, sets["validation"])
 
 
 def _fives(ids: Sequence[int]) -> list[tuple[int, ...]]:
@@ -201,7 +202,7 @@ def scores(trainer: Trainer, subject: Subject) -> dict[str, Any]:
 
 
 def _score(metrics: dict[str, Any]) -> float:
-    """The metric that counts: F1 where a task has it (MRPC, QQP), as GLUE does beside accuracy; else accuracy."""
+    """The metric that counts: accuracy; of scored pairs the correlation."""
     return float(next(metrics[name] for name in ("accuracy", "pearson", "loss") if name in metrics))
 
 
@@ -224,7 +225,7 @@ def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
 def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     """Trains stages 1 and 2 from a teacher, as a variant says."""
     options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **_options(VARIANTS, name)}
-    supernet = _from_teacher(subject, options.pop("teacher", "base"), seed, options)
+    supernet = _from_teacher(subject, options.pop("from", "base"), seed, options)
     set_seed(seed)
     palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
     folder = RUNS / f"palette-{os.getpid()}"

@@ -96,6 +96,8 @@ class SuperTransformer(Ordered):
         self.model = model
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
         self.new_parameters -= self.head_parameters()
+        self.drawn_parameters = frozenset(self.new_parameters)
+        self._train_drawn(True)
         hold(model, self)
         show_signature(self)
         watch_next_optimizer(self)
@@ -228,6 +230,8 @@ class SuperTransformer(Ordered):
     def train_stage(self, stage: int | None, head: bool = True, norms: bool = False, base: bool = False) -> None:
         """Lets only the adapters of `stage` train (None: of no stage), and the task head and norms as asked.
 
+        With the head trains what loading the base drew at random, as a pooler that its checkpoint does not have.
+
         Args:
             base: whether all weights of the model train instead of the adapters. From then on they belong to the run,
                 whose folder has them whole.
@@ -250,8 +254,18 @@ class SuperTransformer(Ordered):
                 module.owned |= norms
             elif module.is_head:
                 module.train_base(head)
+        self._train_drawn(head or base)
         self.record.write()
         watch_next_optimizer(self)
+
+    def _train_drawn(self, trains: bool) -> None:
+        """Lets what loading the base drew at random, such as a missing pooler, train with the head it belongs to."""
+        for name in self.drawn_parameters:
+            module, _, key = name.rpartition(".")
+            owner = self.model.get_submodule(module)
+            if trains and isinstance(owner, ElasticLinear):
+                owner.merge_stages(0)  # what trains is not read from a copy
+            owner.get_parameter(key).requires_grad_(trains)
 
     def _train_base(self, trains: bool) -> None:
         """Lets all that the model computes with, but heads and stages, train, or freezes it again."""
@@ -270,10 +284,10 @@ class SuperTransformer(Ordered):
     def merge_stages(self, stages: int) -> None:
         """Merges the first `stages` stages into an fp32 copy of the projections, which is read instead; 0: undoes it.
 
-        The base itself is not touched, and is what is saved.
+        The base itself is not touched, and is what is saved. Layers whose own weights train are read as they are.
         """
         for module in self.elastic():
-            if isinstance(module, ElasticLinear) and module.stages:
+            if isinstance(module, ElasticLinear) and module.stages and not module.own_weight.requires_grad:
                 module.merge_stages(stages)
 
     @property

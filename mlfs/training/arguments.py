@@ -15,6 +15,8 @@ from mlfs.training.execution import EXECUTIONS
 from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
+TEACHERS = ("maxnet", "frozen")
+
 
 def _option(default: Any, text: str) -> Any:
     """Makes a field with a default, copied for each instance, and its text of help."""
@@ -64,6 +66,11 @@ class MLFSArguments(TrainingArguments):
     )
     distill_alpha: float = _option(0.9, "Share of the KL divergence from maxnet in a subnet's loss, 0 to 1.")
     distill_beta: list[float] = _option([0.1], "Weight of the hidden-state distance: one, or one per maxnet layer.")
+    teacher: str = _option(
+        "maxnet",
+        "Who teaches the sizes in stages 1 and 2: 'maxnet' as it is in the same step, or 'frozen', a copy of the whole "
+        "model from before them.",
+    )
     temperature: float = _option(1.0, "Temperature of the KL divergence.")
     projection_size: int = _option(64, "Numbers that hidden states are projected to before they are compared.")
     projection: str = _option(
@@ -151,6 +158,7 @@ class MLFSArguments(TrainingArguments):
             "gamma_normalization": ("weights", "count", "none"),
             "stop_ends": ("run", "stage"),
             "projection": ("fixed", "learned"),
+            "teacher": TEACHERS,
             "order_layers": LAYER_METHODS,
             "order": ("gradient", "activation", "magnitude", "rotation", "none"),
         }

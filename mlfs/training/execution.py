@@ -17,6 +17,7 @@ from mlfs.training.batch import Batch
 from mlfs.training.inputs import LABELS, without_labels
 from mlfs.training.lockstep import ComputedOutputs, part_of, repeat, rows_of
 from mlfs.training.losses import LossOfSubnet, SubnetLoss
+from mlfs.training.teacher import FrozenTeacher
 
 
 class SubnetRunner(Protocol):
@@ -26,6 +27,7 @@ class SubnetRunner(Protocol):
     args: Any
     accelerator: Any
     label_names: Any
+    teacher: FrozenTeacher | None
 
     def compute_loss(
         self,
@@ -57,7 +59,7 @@ class Execution(Protocol):
         Args:
             trainer: whose `compute_loss`, precision and backward pass are used.
             model: as the Trainer hands it over: the super-transformer's, or wrapped.
-            subnets: maxnet first: it is the teacher of the others.
+            subnets: maxnet first: it is the teacher of the others, where the trainer has no frozen one.
             weights: of their losses.
 
         Returns:
@@ -74,10 +76,12 @@ def one_by_one(
     weights: list[float],
 ) -> list[LossOfSubnet]:
     """Runs one subnet after the other; see `Execution`."""
-    teacher, losses = None, []
+    losses = []
     packs = reads_no_padding(batch.inputs) and heads_read_no_padding(trainer.supernet.model)
-    has_students = len(subnets) > 1
+    has_students = len(subnets) > 1 or trainer.teacher is not None
     needs_states = has_students and subnet_loss.distance.is_used
+    with trainer.compute_loss_context_manager(), without_padding(packs):
+        teacher = _taught_by(trainer, subnet_loss, batch, needs_states)
     for subnet, weight in zip(subnets, weights, strict=True):
         layers = trainer.supernet.kept_layers(subnet)
         # the backward pass may recompute: it stays inside
@@ -109,13 +113,15 @@ def lockstep(
     weights: list[float],
 ) -> list[LossOfSubnet]:
     """Runs all subnets together through each layer, each on its own copy of the batch's rows; see `Execution`."""
-    teacher, losses = None, []
+    losses = []
     total = torch.zeros((), device=trainer.args.device)
     rows = rows_of(batch.inputs)
     subnet_of_row = [subnet for subnet in subnets for _ in range(rows)]
+    needs_states = subnet_loss.distance.is_used
+    with trainer.compute_loss_context_manager():
+        teacher = _taught_by(trainer, subnet_loss, batch, needs_states)
     with trainer.supernet.activate_rows(subnet_of_row):
         with trainer.compute_loss_context_manager():
-            needs_states = subnet_loss.distance.is_used
             given = _without_labels(trainer, batch)
             together = _forward_together(model, given, batch, len(subnets), needs_states)
             for i, (subnet, weight) in enumerate(zip(subnets, weights, strict=True)):
@@ -137,6 +143,16 @@ def lockstep(
 
 
 EXECUTIONS: dict[str, Execution] = {"sequential": one_by_one, "lockstep": lockstep}
+
+
+def _taught_by(
+    trainer: SubnetRunner, subnet_loss: SubnetLoss, batch: Batch, needs_states: bool
+) -> Mapping[str, Any] | None:
+    """Asks the frozen teacher; None where there is none, so that maxnet teaches the others."""
+    if trainer.teacher is None:
+        return None
+    given = _without_labels(trainer, batch)
+    return subnet_loss.teacher(batch, trainer.teacher(given, needs_states, batch.head is not None))
 
 
 def _forward(

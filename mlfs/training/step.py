@@ -28,6 +28,7 @@ from mlfs.training.means import RunningMeans
 from mlfs.training.runs import last_checkpoint
 from mlfs.training.sampling import SAMPLINGS, BatchCounter, generator_of, narrowest
 from mlfs.training.task import Task, is_a_number_per_label, task_of
+from mlfs.training.teacher import FrozenTeacher
 
 
 class SubnetTrainer(PaletteTrainer):
@@ -59,6 +60,8 @@ class SubnetTrainer(PaletteTrainer):
         self._update_follows = True  # of the optimizer: the next batch begins a step
         self._tasks: dict[tuple[str | None, bool], Task] = {}
         self._lm_head = vocabulary_head(supernet.model) if args.fused_head_loss else None
+        self.teacher: FrozenTeacher | None = None  # of every subnet; None: maxnet teaches the others
+        self.shares_head = True  # whether the teacher's LM head is the model's
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -157,7 +160,7 @@ class SubnetTrainer(PaletteTrainer):
         head, labels = self._lm_head, inputs.get("labels")
         if head is None or labels is None or "shift_labels" in inputs:
             return None
-        if self.args.torch_compile or not self.has_transformers_loss():
+        if self.args.torch_compile or not self.has_transformers_loss() or not self.shares_head:
             return None
         if any(parameter.requires_grad for parameter in head.parameters()):
             return None
@@ -185,6 +188,11 @@ class SubnetTrainer(PaletteTrainer):
         if count == 1:
             return one_by_one
         return EXECUTIONS[self.args.subnet_execution]
+
+    def teach_with(self, teacher: FrozenTeacher | None) -> None:
+        """Takes a teacher for the steps to come; None: maxnet."""
+        self.teacher = teacher
+        self.shares_head = teacher is None or self._lm_head is None or teacher.has_head_of(self._lm_head)
 
     def _zero_projections(self) -> None:
         """Zeroes the gradients of learned projections where a step begins: the Trainer zeroes the model's alone."""

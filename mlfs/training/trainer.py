@@ -7,18 +7,16 @@ newest stage that is done has saved.
 
 import contextlib
 import itertools
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
@@ -32,7 +30,7 @@ from mlfs.supernet.permutation import LAYERS, permutation_of
 from mlfs.supernet.rotation import check_rotatable
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.checks import check_numbers
-from mlfs.training.file_list import LIST_NAME, what_is_wrong, write_list
+from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.rotating import rotate_units
@@ -41,7 +39,6 @@ from mlfs.training.runs import (
     ResumePoint,
     copy_state,
     is_saved,
-    last_checkpoint,
     make_room,
     remove_leftovers,
     resume_point,
@@ -50,14 +47,15 @@ from mlfs.training.runs import (
     stages_done,
     was_stopped,
 )
-from mlfs.training.step import SubnetTrainer
+from mlfs.training.saving import SavingTrainer
 from mlfs.training.stopping import TrainerControl, forget_stop, stop_was_asked, with_stage_flow
+from mlfs.training.teacher import FrozenTeacher, teacher_folder
 
 logger = logging.get_logger("transformers.mlfs")
 _PROJECTIONS = "projections.safetensors"
 
 
-class MLFSTrainer(SubnetTrainer):
+class MLFSTrainer(SavingTrainer):
     """Trains a super-transformer; takes and does everything that a `transformers.Trainer` does.
 
     Args:
@@ -101,11 +99,6 @@ class MLFSTrainer(SubnetTrainer):
         self._step_offset = 0  # optimizer steps of the stages before
         self._stage_is_over = False  # whether a callback ended the stage before it was cut off
 
-    @property
-    def run_folder(self) -> Path:
-        """Where the run is written."""
-        return Path(self.args.output_dir or ".")
-
     # ---- the stages ---------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
@@ -140,6 +133,7 @@ class MLFSTrainer(SubnetTrainer):
         left = [stage for stage in args.stages_to_train if stage not in done]
         self._make_room(left, point, resumes=bool(resume_from_checkpoint))
         settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps")}
+        self._restore_teacher(point, done, left)
         history: list[dict[str, Any]] = []
         metrics: dict[str, float] = {}
         output, self._step_offset, self._was_stopped = TrainOutput(0, 0.0, {}), 0, False
@@ -157,6 +151,8 @@ class MLFSTrainer(SubnetTrainer):
                 self._step_offset += steps
                 if self._was_stopped:
                     break
+            else:
+                self._forget_teacher()
         finally:
             for name, value in settings.items():
                 setattr(args, name, value)
@@ -221,6 +217,8 @@ class MLFSTrainer(SubnetTrainer):
         is_ordered = self.supernet.permutation or self.supernet.rotation is not None
         if fresh and stage > 0 and orders and not is_ordered:
             self._order()
+        if stage > 0 and args.teacher == "frozen" and self.teacher is None:
+            self._keep_teacher()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.supernet.model
@@ -245,6 +243,38 @@ class MLFSTrainer(SubnetTrainer):
         args, base = self.args, self.stage in self.args.train_base
         self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base)
         self.supernet.merge_stages(self.stage if args.merge_stages and not base else 0)
+        self.teach_with(self.teacher)
+
+    def _restore_teacher(self, point: ResumePoint, done: list[int], left: list[int]) -> None:
+        """Makes the frozen teacher again, where a run goes on that has begun to learn from one.
+
+        Raises:
+            MLFSError: its weights are not there.
+        """
+        self.teacher = None
+        began = any(stage > 0 for stage in done) or (point.checkpoint is not None and left[0] > 0)
+        if self.args.teacher != "frozen" or not began or not left:
+            return
+        folder = teacher_folder(point.run)
+        if not folder.exists():
+            raise MLFSError(
+                f"{folder} is missing: teacher='frozen' goes on with the teacher that the run began with; resume with "
+                "the teacher of that run, or begin anew from stage 0"
+            )
+        self.supernet.restore(folder)
+        self._keep_teacher()
+
+    def _keep_teacher(self) -> None:
+        """Makes the frozen teacher of maxnet as it is now, and saves its weights while stages learn from it."""
+        if self.args.should_save:
+            self.supernet.save_pretrained(teacher_folder(self.run_folder))
+        self.teacher = FrozenTeacher(self.supernet)
+
+    def _forget_teacher(self) -> None:
+        """Lets go of the teacher once all stages are done."""
+        self.teach_with(None)
+        if self.args.should_save:
+            shutil.rmtree(teacher_folder(self.run_folder), ignore_errors=True)
 
     def _leave_stage(self) -> None:
         """Saves the stage, and leaves the model as it was before it was prepared."""
@@ -323,7 +353,7 @@ class MLFSTrainer(SubnetTrainer):
         """Raises MLFSError: it is not supported."""
         raise refuse("push_to_hub")
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
+    # ---- the run folder -------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         if trial is not None:
@@ -338,108 +368,6 @@ class MLFSTrainer(SubnetTrainer):
         if self.args.should_save:
             make_room(self.run_folder, stages, point, **options, delete=True)
         self.accelerator.wait_for_everyone()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._check_weights()
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, and not whole, or it would be read
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            self._list_files(folder)
-        except (OSError, RuntimeError, MLFSError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            last = last_checkpoint(folder.parent)
-            kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint of this stage exists"
-            raise MLFSError(f"could not save {folder}: {error}; {kept}. Free some disk space, then resume") from error
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:  # older ones go once this one is whole
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _check_weights(self) -> None:
-        """Stops the run before weights are saved that are NaN or infinite: what is saved, a run can go on from."""
-        parameters = self.supernet.own_parameters()
-        if faulty := next((name for name, p in parameters.items() if not p.detach().isfinite().all()), None):
-            raise self._not_finite(f"the weight {faulty}", self.state.global_step, "and is not saved")
-
-    def _list_files(self, checkpoint: Path) -> None:
-        """Writes the list of a checkpoint's files, once every process has written its own."""
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_list(checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        path = Path(output_dir or self.run_folder)
-        path.mkdir(parents=True, exist_ok=True)
-        if any(parameter.requires_grad for parameter in self.distance.parameters()):
-            projections = {
-                name: parameter.detach().cpu().contiguous() for name, parameter in self.distance.named_parameters()
-            }
-            save_file(projections, path / _PROJECTIONS)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(path)
-        (path / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-        self.supernet.save_pretrained(path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint)
-        if (wrong := what_is_wrong(path)) is not None:
-            raise MLFSError(f"checkpoint {path} is half-written or damaged: {wrong}; resume from the run folder")
-        self.supernet.restore(path)
-        self._load_projections(path)
-        self._let_train()
-
-    def _load_projections(self, path: Path) -> None:
-        """Loads the projections that a checkpoint, or a stage that is done, has learned.
-
-        Raises:
-            MLFSError: they are not there, though a stage that learns them has trained.
-        """
-        if (path / _PROJECTIONS).exists():
-            self.distance.load_state_dict(load_file(path / _PROJECTIONS))
-        elif self.args.projection == "learned" and self.stage > 0:
-            raise MLFSError(
-                f"{path / _PROJECTIONS} is missing: projection='learned' goes on from what the stage has learned; "
-                "resume from an earlier checkpoint, or with the projection of that run"
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            with _no_pickle(checkpoint):
-                super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:  # PyTorch's, where other parameters train now
-            raise MLFSError(
-                f"the optimizer of {checkpoint} does not fit ({error}): resume with the options of that run "
-                f"(train_head, train_norms, rank, ...), which are in {checkpoint}/training_args.json"
-            ) from error
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _no_pickle(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with _no_pickle(checkpoint):
-            super()._load_scaler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        logger.info(f"Loading the best checkpoint of stage {self.stage}, {best} (score: {self.state.best_metric}).")
-        self._load_from_checkpoint(str(best))
-
-
-@contextlib.contextmanager
-def _no_pickle(checkpoint: str | None) -> Iterator[None]:
-    """Says in one line what transformers does not load: anything but tensors and plain values (weights_only)."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise MLFSError(f"{checkpoint} holds more than tensors, which is not loaded: {first}") from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import mlfs.training.saving as saving
 import mlfs.training.trainer as training
 from mlfs import MLFSError
 from mlfs.training import runs
@@ -163,7 +164,7 @@ def test_an_older_checkpoint_is_deleted_only_once_the_next_is_whole(tmp_path: Pa
         seen.append([is_whole(path) for path in sorted(Path(folder).glob("checkpoint-*"))])
         real(folder, *args, **kwargs)
 
-    monkeypatch.setattr(training, "rotate_checkpoints", rotate)
+    monkeypatch.setattr(saving, "rotate_checkpoints", rotate)
     t = trainer(tmp_path, stages_to_train=[0], save_total_limit=1)
     t.train()
     assert seen == [[True], [True, True], [True, True]] and t.args.save_total_limit == 1

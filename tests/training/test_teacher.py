@@ -1,0 +1,208 @@
+"""The frozen teacher: the whole model as it was before widths and depths trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from mlfs import MLFSError, MLFSTrainer
+from mlfs.training.teacher import FrozenTeacher, teacher_folder
+from tests.tiny_models import inputs, logits_of
+from tests.trainers import assert_same, own, rows, trainer
+
+KINDS = [("bert", "ForSequenceClassification"), ("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM")]
+
+
+class Teachers(TrainerCallback):
+    """Keeps what the teacher says of one batch at each step."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[int, torch.Tensor]] = []
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        t = self.trainer
+        if t.teacher is not None:
+            self.said.append((t.stage, logits_of(t.teacher(inputs(), True, False)).clone()))
+
+
+def watched(folder: Path, name: str = "bert", suffix: str = "ForSequenceClassification", **options: Any) -> Any:
+    teachers = Teachers()
+    t = trainer(folder, name, suffix, teacher="frozen", callbacks=[teachers], **options)
+    teachers.trainer = t
+    return t, teachers
+
+
+@pytest.mark.parametrize(("name", "suffix"), KINDS)
+@pytest.mark.parametrize("options", [{}, {"train_base": [1, 2]}, {"train_base": [0, 1, 2]}, {"train_base": [1]}])
+def test_the_teacher_stays_what_stage_0_made(name: str, suffix: str, options: dict[str, Any], tmp_path: Path) -> None:
+    t, teachers = watched(tmp_path, name, suffix, stage_steps=[4], **options)
+    t.train()
+    assert [stage for stage, _ in teachers.said] == [1] * 4 + [2] * 4
+    first = teachers.said[0][1]
+    assert all(torch.equal(first, said) for _, said in teachers.said)
+    # what stage 0 made is that model
+    again = trainer(tmp_path / "first", name, suffix, stages_to_train=[0], stage_steps=[4],
+                    **{k: [s for s in v if s == 0] for k, v in options.items()})  # fmt: skip
+    again.train()
+    with torch.no_grad():
+        expected = logits_of(again.supernet.eval()(**inputs()))
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+    assert not teacher_folder(tmp_path).exists() and t.teacher is None
+    with torch.no_grad():
+        assert not torch.equal(first, logits_of(t.supernet.eval()(**inputs())))
+
+
+@pytest.mark.parametrize("execution", ["sequential", "lockstep"])
+@pytest.mark.parametrize(("name", "suffix"), KINDS)
+def test_every_size_learns_from_it_and_maxnet_too(name: str, suffix: str, execution: str, tmp_path: Path) -> None:
+    t = trainer(tmp_path, name, suffix, teacher="frozen", subnet_execution=execution, stage_steps=[2], logging_steps=1)
+    t.train()
+    logged = [entry for entry in t.state.log_history if entry.get("stage") in (1, 2) and "loss" in entry]
+    assert len(logged) == 4
+    for entry in logged:
+        for kind in {key.partition("_")[0] for key in entry if key.endswith("_kl")}:
+            task, kl, feature = (entry[f"{kind}_{part}"] for part in ("task", "kl", "feature"))
+            assert entry[f"{kind}_loss"] == pytest.approx(0.1 * task + 0.9 * kl + feature, rel=1e-3)
+    # in its first step maxnet is the teacher still
+    assert abs(logged[0]["max_kl"]) < 1e-6 and logged[0]["max_feature"] < 1e-6
+    assert logged[1]["max_kl"] > 0
+
+
+@pytest.mark.parametrize(("name", "suffix"), KINDS)
+def test_both_executions_give_the_same_weights(name: str, suffix: str, tmp_path: Path) -> None:
+    runs = []
+    for execution in ("sequential", "lockstep"):
+        t = trainer(tmp_path / execution, name, suffix, teacher="frozen", subnet_execution=execution, stage_steps=[2])
+        t.train()
+        runs.append(own(t.supernet))
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, rtol=1e-3, atol=1e-4)  # AdamW: steps of 5e-3
+
+
+@pytest.mark.parametrize(("name", "suffix"), [KINDS[1], KINDS[2]])
+def test_logits_are_left_out_only_where_the_teachers_head_is_the_models(name: str, suffix: str, tmp_path: Path) -> None:
+    runs = []
+    for fused in (True, False):
+        # in stage 1 the head trains, and in stage 2 it is another than the teacher's
+        t = trainer(
+            tmp_path / str(fused),
+            name,
+            suffix,
+            teacher="frozen",
+            train_base=[1],
+            fused_head_loss=fused,
+            stage_steps=[2],
+        )
+        t.train()
+        runs.append(own(t.supernet))
+        if fused:
+            t.stage = 2
+            t._let_train()
+            t.teach_with(FrozenTeacher(t.supernet))
+            assert t.shares_head
+            with torch.no_grad():
+                t.supernet.model.get_output_embeddings().own_weight.mul_(1.1)
+            t.teach_with(t.teacher)
+            assert not t.shares_head
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, rtol=1e-3, atol=1e-4)  # AdamW: steps of 5e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"train_base": [0, 1, 2]}, {"train_base": [2]}])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_goes_on_with_the_teacher_it_began_with(
+    options: dict[str, Any], stage: int, elsewhere: bool, tmp_path: Path
+) -> None:
+    whole, _ = watched(tmp_path / "whole", **options)
+    whole.train()
+
+    class Stopped(Exception):
+        pass
+
+    cut, before = watched(tmp_path / "cut", **options)
+    step = cut.training_step
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        if cut.stage == stage and cut.state.global_step == 5:
+            raise Stopped
+        return step(*args, **kwargs)
+
+    cut.training_step = stops
+    with pytest.raises(Stopped):
+        cut.train()
+    assert teacher_folder(tmp_path / "cut").exists()
+    target = tmp_path / ("other" if elsewhere else "cut")
+    rest, after = watched(target, **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "cut") if elsewhere else True)
+    assert torch.equal(before.said[0][1], after.said[-1][1])
+    assert_same(own(rest.supernet), own(whole.supernet))
+    assert not teacher_folder(target).exists()
+
+
+def test_a_teacher_that_is_gone_is_named(tmp_path: Path) -> None:
+    t, _ = watched(tmp_path, stages_to_train=[0, 1])
+    t._forget_teacher = lambda: None
+    t.train()
+    import shutil
+
+    shutil.rmtree(teacher_folder(tmp_path))
+    rest, _ = watched(tmp_path)
+    with pytest.raises(MLFSError, match="teacher is missing"):
+        rest.train(resume_from_checkpoint=True)
+
+
+def test_the_teacher_of_an_earlier_run_is_not_taken(tmp_path: Path) -> None:
+    first, _ = watched(tmp_path, stages_to_train=[0, 1], save_strategy="no")
+    first._forget_teacher = lambda: None
+    first.train()
+    other, said = watched(tmp_path, overwrite_run=True, seed=5, save_strategy="no", stage_steps=[2])
+    other.train()
+    plain, expected = watched(tmp_path / "new", seed=5, save_strategy="no", stage_steps=[2])
+    plain.train()
+    assert torch.equal(said.said[0][1], expected.said[0][1])
+
+
+@pytest.mark.parametrize("order", ["gradient", "rotation"])
+def test_hidden_states_are_compared_in_one_order(order: str, tmp_path: Path) -> None:
+    t = trainer(
+        tmp_path, "llama", "ForCausalLM", teacher="frozen", order=order, stage_steps=[1], logging_steps=1,
+        dropout_stages=[],
+    )  # fmt: skip
+    t.train()
+    logged = next(entry for entry in t.state.log_history if entry.get("stage") == 1 and "max_feature" in entry)
+    assert logged["max_feature"] < 1e-6  # in its first step maxnet is the teacher
+
+
+def test_the_teacher_does_not_share_storage_and_needs_no_gradient(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    teacher = FrozenTeacher(t.supernet)
+    theirs = {p.data_ptr() for p in teacher.model.parameters()}
+    assert not theirs & {p.data_ptr() for p in t.supernet.model.parameters()}
+    assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
+    batch = inputs()
+    assert not logits_of(teacher(batch, True, False)).requires_grad
+    assert len(teacher(batch, True, False)["hidden_states"]) == 5
+    assert teacher(batch, False, False).get("hidden_states") is None
+
+
+def test_own_losses_are_taught_too(tmp_path: Path) -> None:
+    class Own(MLFSTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    made = trainer(tmp_path, teacher="frozen", stage_steps=[2], logging_steps=1)
+    t = Own(made.supernet, made.args, train_dataset=rows(16), eval_dataset=rows(8))
+    t.train()
+    assert any("max_kl" in entry for entry in t.state.log_history)
+
+
+def test_an_unknown_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MLFSError, match="teacher='me': expected one of maxnet, frozen"):
+        trainer(tmp_path, teacher="me")
