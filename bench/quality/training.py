@@ -3,6 +3,7 @@
     python -m bench.quality.training --only teachers                  the whole model, fine-tuned: stage 0
     python -m bench.quality.training --only palettes --variants default base
     python -m bench.quality.training --only twins                     the strong alternative: one size a run
+    python -m bench.quality.training --only cost                      seconds a step, of a palette and of the twins
     python -m bench.quality.training --table                          prints the recorded results
 
 MiniLM on 16,000 sentences of SST-2, or all of another task's examples. Teachers are fine-tuned once for each seed, and
@@ -45,6 +46,7 @@ from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
 from mlfs.report.table import table
+from mlfs.training.teacher import FrozenTeacher
 
 RESULTS = ROOT / "bench" / "results" / "training.json"
 GLUE = ROOT.parent / "shared" / "data" / "glue"
@@ -61,8 +63,14 @@ TEACHERS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default, adapters' teacher": {"from": "adapters"},
-    "base": {"train_base": [1, 2]},
-    "base, lr 3e-4": {"train_base": [1, 2], "base_learning_rate": 3e-4},
+    "all weights": {"train_base": [1, 2], "base_learning_rate": 2e-4, "warmup_steps": 0.1},
+    "all weights, maxnet teaches": {
+        "train_base": [1, 2],
+        "base_learning_rate": 2e-4,
+        "warmup_steps": 0.1,
+        "teacher": "maxnet",
+    },
+    "all weights, maxnet teaches, lr 1e-4": {"train_base": [1, 2], "base_learning_rate": 1e-4, "teacher": "maxnet"},
     "rank 32": {"rank": 32, "lora_alpha": 64.0},
     "norms": {"train_norms": True},
 }
@@ -72,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="SST-2", help="a folder of --data; SST-2:2000 takes so many examples")
     parser.add_argument("--data", type=Path, default=GLUE)
-    parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
+    parser.add_argument("--only", choices=["teachers", "palettes", "twins", "cost"], help="one kind of run")
     parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
     parser.add_argument("--variants", nargs="+", default=["default"], help=f"{', '.join(VARIANTS)}, or JSON of options")
     parser.add_argument("--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of the twins, by number")
@@ -105,6 +113,9 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
         if given.only in (None, "palettes"):
             for name in given.variants:
                 once("palettes", name, seed, lambda name=name, seed=seed: train_palette(subject, name, seed))
+        if given.only in (None, "cost"):
+            for name in given.variants:
+                once("cost", name, seed, lambda name=name, seed=seed: time_steps(subject, name, seed))
         if given.only in (None, "twins"):
             for rate in given.rates:
                 for size in given.sizes:
@@ -224,23 +235,36 @@ def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
 
 def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     """Trains stages 1 and 2 from a teacher, as a variant says."""
+    trainer, options = palette_trainer(subject, name, seed)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    found = scores(trainer, subject)
+    shutil.rmtree(trainer.run_folder)
+    return {"seconds": seconds, **found, "options": options}
+
+
+def palette_trainer(subject: Subject, name: str, seed: int) -> tuple[MLFSTrainer, dict[str, Any]]:
+    """Makes the trainer of a variant, and returns its options."""
     options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **_options(VARIANTS, name)}
     supernet = _from_teacher(subject, options.pop("from", "base"), seed, options)
     set_seed(seed)
     palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
     folder = RUNS / f"palette-{os.getpid()}"
     given = arguments_of(seed, folder, **{"stages_to_train": [1, 2], "palette": palette, **options}, overwrite_run=True)
-    trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    found = scores(trainer, subject)
-    shutil.rmtree(folder)
-    return {"seconds": seconds, **found, "options": options}
+    return MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer()), options
 
 
 def train_twin(subject: Subject, size: int, rate: float, seed: int) -> dict[str, Any]:
     """Trains one size alone: a slice of the teacher, ordered as a palette's, all of whose weights train."""
+    trainer = twin_trainer(subject, size, rate, seed)
+    start = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - start, **scores(trainer, subject)}
+
+
+def twin_trainer(subject: Subject, size: int, rate: float, seed: int) -> Trainer:
+    """Makes the trainer of one size alone."""
     supernet = _from_teacher(subject, "base", seed, {})
     teacher = supernet.extract(supernet.space.max).eval().requires_grad_(False)
     set_seed(seed + 1)
@@ -252,9 +276,40 @@ def train_twin(subject: Subject, size: int, rate: float, seed: int) -> dict[str,
     given = arguments_of(seed, RUNS / "twin", num_train_epochs=1, learning_rate=rate)
     trainer = Distilled(student, TrainingArguments(**given), **subject.of_trainer())
     trainer.teacher = teacher
-    start = time.perf_counter()
-    trainer.train()
-    return {"seconds": time.perf_counter() - start, **scores(trainer, subject)}
+    return trainer
+
+
+def time_steps(subject: Subject, name: str, seed: int, steps: int = 12) -> dict[str, Any]:
+    """Times steps of a palette in its last stage and of every twin, alternately, on the same batches of the data.
+
+    Returns:
+        The median milliseconds of each, and the palette's time over that of all twins for as many steps.
+    """
+    palette, _ = palette_trainer(subject, name, seed)
+    palette.stage = 2
+    if palette.args.has_frozen_teacher:
+        palette.teach_with(FrozenTeacher(palette.supernet))
+    palette._let_train()
+    trainers: dict[str, Any] = {"palette": palette}
+    trainers |= {str(SUBNETS[size]): twin_trainer(subject, size, 3e-4, seed) for size in range(len(SUBNETS))}
+    batches = [batch for batch, _ in zip(palette.get_train_dataloader(), range(steps), strict=False)]
+    taken: dict[str, list[float]] = {key: [] for key in trainers}
+    for trainer in trainers.values():
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+    for number, batch in enumerate(batches):
+        palette.state.global_step = number  # other sizes are drawn at each
+        for key, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.training_step(trainer.model, dict(batch))
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            taken[key].append(1e3 * (time.perf_counter() - start))
+    medians = {key: float(np.median(times[2:])) for key, times in taken.items()}
+    # the palette's steps are of different sizes: their mean counts
+    medians["palette"] = float(np.mean(taken["palette"][2:]))
+    twins = sum(value for key, value in medians.items() if key != "palette")
+    return {"milliseconds": medians, "ratio": medians["palette"] / twins}
 
 
 def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any]) -> SuperTransformer:
@@ -285,10 +340,21 @@ def show(recorded: dict[str, Any]) -> str:
         for measured in ("dev", "held_back"):
             rows = []
             for kind, runs in kinds.items():
+                if kind == "cost":
+                    continue
                 for name, seeds in runs.items():
                     rows.append({"run": f"{kind[:-1]}: {name}", **_means(list(seeds.values()), measured)})
             parts.append(f"{task}, {measured}\n{table(rows)}")
+        for name, seeds in kinds.get("cost", {}).items():
+            for found in seeds.values():
+                parts.append(f"{task}, milliseconds a step of {name}: {_milliseconds(found)}")
     return "\n\n".join(parts)
+
+
+def _milliseconds(found: dict[str, Any]) -> str:
+    """Spells the times of steps out."""
+    each = ", ".join(f"{key} {value:.0f}" for key, value in found["milliseconds"].items())
+    return f"{each}; the palette takes {found['ratio']:.2f} of the twins' time ({found['environment']['machine']})"
 
 
 def _means(runs: list[dict[str, Any]], measured: str) -> dict[str, str]:

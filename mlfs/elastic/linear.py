@@ -128,7 +128,7 @@ class ElasticLinear(Elastic):
             return finish(self._apply_to_rows(x, row_sizes), epilogue)
         weight: Any = self._own("weight")
         layer = self._read(weight, self.spans(out_features))
-        return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad)
+        return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad and torch.is_grad_enabled())
 
     def followed_by(
         self, x: Tensor, activation: str = "none", operand: Tensor | None = None, residual: Tensor | None = None
@@ -146,7 +146,7 @@ class ElasticLinear(Elastic):
     def _apply_to_rows(self, x: Tensor, row_sizes: RowSizes) -> Tensor:
         """Applies the layer to x (rows, ..., N), each row at sizes of its own: (rows, ..., M), zeros off a row's m."""
         grouped = grouped_sliced_linear
-        if self.own_weight.requires_grad:
+        if self.own_weight.requires_grad and torch.is_grad_enabled():
             grouped = grouped_sliced_linear_reference
         flat = x.reshape(-1, x.shape[-1])  # (rows · tokens, N)
         layer = self._read(self.own_weight, [0, self.out_features])
@@ -168,12 +168,12 @@ class ElasticLinear(Elastic):
     def for_operators(self) -> LowRankLinear | None:
         """Gives the layer as operators of several layers take it, or None where it must be called.
 
-        It must be called where its base trains, rows of the batch have sizes of their own, or hooks watch its calls.
+        It must be called where a gradient of its base is wanted, rows of the batch have sizes of their own, or hooks watch its calls.
         """
         weight = self.own_weight
         if have_hooks(self):
             return None
-        if weight.requires_grad or self._row_sizes() is not None:
+        if (weight.requires_grad and torch.is_grad_enabled()) or self._row_sizes() is not None:
             return None
         return self._read(weight, self.spans())
 

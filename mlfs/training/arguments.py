@@ -15,7 +15,7 @@ from mlfs.training.execution import EXECUTIONS
 from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
-TEACHERS = ("maxnet", "frozen")
+TEACHERS = ("auto", "maxnet", "frozen")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -67,9 +67,9 @@ class MLFSArguments(TrainingArguments):
     distill_alpha: float = _option(0.9, "Share of the KL divergence from maxnet in a subnet's loss, 0 to 1.")
     distill_beta: list[float] = _option([0.1], "Weight of the hidden-state distance: one, or one per maxnet layer.")
     teacher: str = _option(
-        "maxnet",
-        "Who teaches the sizes in stages 1 and 2: 'maxnet' as it is in the same step, or 'frozen', a copy of the whole "
-        "model from before them.",
+        "auto",
+        "Who teaches the sizes in stages 1 and 2: 'maxnet' as it is in the same step, or a 'frozen' copy of the whole "
+        "model from before them. 'auto': 'frozen' if all weights train there (train_base), else 'maxnet'.",
     )
     temperature: float = _option(1.0, "Temperature of the KL divergence.")
     projection_size: int = _option(64, "Numbers that hidden states are projected to before they are compared.")
@@ -177,6 +177,11 @@ class MLFSArguments(TrainingArguments):
         named = parse_json(self.palette, "palette", "an object of name: subnet")
         if not isinstance(named, dict) or not named:
             raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
+
+    @property
+    def has_frozen_teacher(self) -> bool:
+        """Whether a copy of the whole model teaches in stages 1 and 2."""
+        return self.teacher == "frozen" or (self.teacher == "auto" and bool({1, 2} & set(self.train_base)))
 
     def of_stage(self, name: str, stage: int, default: Any) -> Any:
         """Returns the value of a per-stage list for `stage`; `default` if the list is empty."""

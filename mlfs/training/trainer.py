@@ -217,7 +217,7 @@ class MLFSTrainer(SavingTrainer):
         is_ordered = self.supernet.permutation or self.supernet.rotation is not None
         if fresh and stage > 0 and orders and not is_ordered:
             self._order()
-        if stage > 0 and args.teacher == "frozen" and self.teacher is None:
+        if stage > 0 and args.has_frozen_teacher and self.teacher is None:
             self._keep_teacher()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
@@ -253,13 +253,13 @@ class MLFSTrainer(SavingTrainer):
         """
         self.teacher = None
         began = any(stage > 0 for stage in done) or (point.checkpoint is not None and left[0] > 0)
-        if self.args.teacher != "frozen" or not began or not left:
+        if not self.args.has_frozen_teacher or not began or not left:
             return
         folder = teacher_folder(point.run)
         if not folder.exists():
             raise MLFSError(
-                f"{folder} is missing: teacher='frozen' goes on with the teacher that the run began with; resume with "
-                "the teacher of that run, or begin anew from stage 0"
+                f"{folder} is missing: a run with a frozen teacher goes on with the one that it began with; resume "
+                "with teacher='maxnet' if the run had that, or begin anew from stage 0"
             )
         self.supernet.restore(folder)
         self._keep_teacher()

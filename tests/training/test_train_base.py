@@ -225,3 +225,19 @@ def test_the_rate_of_such_a_stage_is_its_own(tmp_path: Path) -> None:
     t.train()
     rates = {entry["stage"]: entry["learning_rate"] for entry in reversed(t.state.log_history) if "loss" in entry}
     assert rates == {0: 2e-3, 1: 5e-3, 2: 5e-3}
+
+
+@every_model
+def test_without_gradients_weights_that_train_run_as_frozen_ones_do(name: str, suffix: str) -> None:
+    frozen, trains = elastic(name, suffix).eval(), elastic(name, suffix).eval()
+    frozen.train_stage(None)
+    trains.train_stage(None, base=True)
+    for subnet in subnets_of(name).values():
+        with torch.no_grad():
+            found, expected = (logits_of(m.bound(subnet)(**inputs())) for m in (trains, frozen))
+        assert torch.equal(found, expected)
+    for one, other in zip(frozen.elastic(), trains.elastic(), strict=True):
+        if isinstance(one, ElasticLinear):
+            with torch.no_grad():
+                assert (one.for_operators() is None) == (other.for_operators() is None)
+            assert other.for_operators() is None
