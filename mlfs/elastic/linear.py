@@ -168,7 +168,8 @@ class ElasticLinear(Elastic):
     def for_operators(self) -> LowRankLinear | None:
         """Gives the layer as operators of several layers take it, or None where it must be called.
 
-        It must be called where a gradient of its base is wanted, rows of the batch have sizes of their own, or hooks watch its calls.
+        It must be called where a gradient of its base is wanted, rows of the batch have sizes of their own, or hooks
+        watch its calls.
         """
         weight = self.own_weight
         if have_hooks(self):

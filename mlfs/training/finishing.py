@@ -28,7 +28,8 @@ class FinishingTrainer(Trainer):
     Args:
         supernet: trained; it is what teaches.
         subnet: the size to train; `small` is its copy.
-        args: the learning rate is `base_learning_rate`; what says how stages train is not read.
+        args: the learning rate is `base_learning_rate`; one pass unless `num_train_epochs` says more. What says how
+            stages train is not read.
         **kwargs: of `transformers.Trainer`.
 
     Raises:
@@ -42,6 +43,8 @@ class FinishingTrainer(Trainer):
     ) -> None:
         args = copy.copy(MLFSArguments() if args is None else args)
         args.learning_rate = args.base_learning_rate
+        if args.num_train_epochs < 0:
+            args.num_train_epochs = 1.0
         self.small = supernet.extract(subnet).requires_grad_(True)
         super().__init__(model=self.small, args=args, **kwargs)
         task, dims = task_of(self.small), supernet.dimensions

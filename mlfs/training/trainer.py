@@ -28,7 +28,7 @@ from mlfs.supernet.folders import locked_folder, make_folder
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import LAYERS, permutation_of
 from mlfs.supernet.rotation import check_rotatable
-from mlfs.training.arguments import MLFSArguments
+from mlfs.training.arguments import MLFSArguments, passes_over
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
@@ -230,6 +230,8 @@ class MLFSTrainer(SavingTrainer):
         rate = args.base_learning_rate if stage in args.train_base else settings["learning_rate"]
         args.learning_rate = args.of_stage("stage_learning_rates", stage, rate)
         args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
+        if args.num_train_epochs < 0:
+            args.num_train_epochs = passes_over(_length_of(self.train_dataset))
         steps = args.of_stage("stage_steps", stage, None)
         if steps:
             args.max_steps = int(steps)
@@ -368,6 +370,14 @@ class MLFSTrainer(SavingTrainer):
         if self.args.should_save:
             make_room(self.run_folder, stages, point, **options, delete=True)
         self.accelerator.wait_for_everyone()
+
+
+def _length_of(dataset: Any) -> int | None:
+    """Counts the examples of a data set; None where it has no length."""
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """The options of training: what is refused, and how."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlfs import MLFSError
+from mlfs.training.arguments import passes_over
 from mlfs.training.execution import EXECUTIONS
 from mlfs.training.sampling import SAMPLINGS
-from tests.trainers import trainer
+from tests.trainers import rows, trainer
 
 
 @pytest.mark.parametrize("options,message", [
@@ -27,3 +29,23 @@ def test_bad_option_is_refused_with_its_name(options: dict[str, Any], message: s
 def test_an_unknown_name_is_refused_with_those_that_are_registered(option: str, known: Any, tmp_path: Path) -> None:
     with pytest.raises(MLFSError, match=f"{option}='best': expected one of {', '.join(known)}"):
         trainer(tmp_path, **{option: "best"})
+
+
+@pytest.mark.parametrize(("examples", "passes"), [
+    (None, 3), (0, 3), (1, 20), (1000, 20), (2490, 13), (3668, 9), (8551, 4), (10_000, 3), (67_349, 3),
+])  # fmt: skip
+def test_few_examples_take_many_passes(examples: int | None, passes: int) -> None:
+    assert passes_over(examples) == passes
+
+
+def test_passes_are_by_the_number_of_examples_unless_they_are_given(tmp_path: Path) -> None:
+    lengths = {}
+    for name, options in {
+        "by size": {}, "given": {"num_train_epochs": 2.0}, "of stages": {"stage_epochs": [1.0, 2.0, 3.0]},
+    }.items():  # fmt: skip
+        t = trainer(tmp_path / name, stage_steps=[], save_strategy="no", train_dataset=rows(8), **options)
+        t.train()
+        states = [json.loads((tmp_path / name / f"stage-{s}" / "trainer_state.json").read_text()) for s in range(3)]
+        lengths[name] = [state["max_steps"] for state in states]
+        assert t.args.num_train_epochs == options.get("num_train_epochs", -1)
+    assert lengths == {"by size": [40, 40, 40], "given": [4, 4, 4], "of stages": [2, 4, 6]}
