@@ -29,8 +29,10 @@ from mlfs.data.tokens import tokenize
 from mlfs.errors import MLFSError
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM, SMOLLM2, find_model
+from mlfs.report.table import compared_with_whole
 from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.checkpoint import CONFIG_NAME
+from mlfs.supernet.count import count_in_layers
 from mlfs.supernet.folders import make_folder, run_around
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
@@ -68,9 +70,10 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
         stage_steps=each,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=1e-3,
+        train_base=[0, 1, 2],
+        base_learning_rate=3e-4,
         lr_scheduler_type="linear",
-        warmup_steps=10,
+        warmup_steps=10 if steps is None else 0,
         order_batches=30 if steps is None else max(min(steps, 30), 2),
         logging_steps=25,
         save_strategy="no",
@@ -80,10 +83,16 @@ def encoder(folder: Path, seed: int = 0, steps: int | None = None) -> None:
     )
     supernet = make_supernet(model, ModelArguments(MINILM), args)
     trainer = make_trainer(supernet, raw, tokenizer, data, args)
-    for stage, what in enumerate(("the full model", "widths", "widths and depths")):
-        print(f"stage {stage}: {what}" + (" (frozen weights, low-rank updates)" if stage == 0 else ""))
+    for stage, what in enumerate(("the full model", "widths, taught by it", "widths and depths, taught by it")):
+        print(f"stage {stage}: {what}")
+    print(
+        "all weights train, shared by all sizes (by default mlfs train leaves them as they are, and trains adapters)\n"
+    )
     trainer.train()
     rows = finish(trainer, raw)
+    kept = [count_in_layers(supernet.model, supernet.layers_name, supernet.layer_sizes(subnet))
+            for subnet in trainer.palette.values()]  # fmt: skip
+    print("\n" + compared_with_whole(rows, "accuracy", [count / kept[0] for count in kept]))
     chosen = "medium" if any(row["name"] == "medium" for row in rows) else "min"
     accuracy = next(row["accuracy"] for row in rows if row["name"] == chosen)
     place = export(folder, chosen, folder.with_name(f"{folder.name}-{chosen}"), overwrite=True)

@@ -56,3 +56,22 @@ def _kept_layers(rows: list[dict[str, Any]]) -> list[str]:
     kept = {tuple(row["sizes"]["layers"]) for row in rows if row.get("sizes")}
     depths = sorted(kept, key=len, reverse=True)[1:]
     return [f"{len(layers)} layer{'s' * (len(layers) > 1)}: {', '.join(map(str, layers))}" for layers in depths]
+
+
+def compared_with_whole(rows: list[dict[str, Any]], metric: str, shares: list[float]) -> str:
+    """Says what each smaller size has lost and gained, a line each.
+
+    Args:
+        rows: of results, the whole model's first. metric: a share of 1, the more the better.
+        shares: for each row, what it keeps of the whole model's layers.
+    """
+    whole = rows[0]
+    lines = [f"against the whole model ({100 * whole[metric]:.1f} %):"]
+    for row, share in list(zip(rows, shares, strict=True))[1:]:
+        points = 100 * (row[metric] - whole[metric])
+        faster = whole["latency"] / row["latency"]
+        lines.append(
+            f"  {row['name']} keeps {share:.0%} of the layers' weights, is {faster:.1f} times as fast, and scores "
+            f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
+        )
+    return "\n".join(lines)

@@ -25,6 +25,14 @@ def count_parameters(model: nn.Module, layers_name: str, sizes: LayerSizes) -> i
     return total
 
 
+def count_in_layers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
+    """Counts the parameters of the layers that the subnet keeps: what is there beside embeddings and heads.
+
+    Arguments: as `count_parameters`.
+    """
+    return sum(used for _, used in _used_numbers(model, layers_name, sizes, within=f"{layers_name}."))
+
+
 def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> int:
     """Counts the parameters that train now and that the subnet uses: the n_j of gradient scaling.
 
@@ -41,11 +49,17 @@ def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> in
     return total
 
 
-def _used_numbers(model: nn.Module, layers_name: str, sizes: LayerSizes) -> Iterator[tuple[Tensor, int]]:
-    """Yields each base parameter, a tied one repeatedly, and how many of its numbers `sizes` uses."""
+def _used_numbers(
+    model: nn.Module, layers_name: str, sizes: LayerSizes, within: str = ""
+) -> Iterator[tuple[Tensor, int]]:
+    """Yields each base parameter, a tied one repeatedly, and how many of its numbers `sizes` uses.
+
+    Args:
+        within: how the names of the modules begin that count.
+    """
     dropped = tuple(f"{layers_name}.{i}." for i in range(sizes.count) if not sizes.keeps(i))
     for name, module in model.named_modules():
-        if name.startswith(dropped):
+        if name.startswith(dropped) or not name.startswith(within):
             continue
         if isinstance(module, ElasticLinear):
             columns, rows = module.read_sizes(sizes)

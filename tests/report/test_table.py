@@ -1,6 +1,6 @@
 """Tables as text: columns that line up, numbers a reader can compare."""
 
-from mlfs.report.table import results_table, table
+from mlfs.report.table import compared_with_whole, results_table, table
 
 
 def test_columns_line_up_under_their_names():
@@ -37,3 +37,13 @@ def test_sizes_that_cannot_be_saved_are_named_below():
     rows = [{"name": name, "subnet": "8", "exportable": name != "b"} for name in "abc"]
     assert results_table(rows).splitlines()[-1] == "in place only, since no configuration states such sizes: b"
     assert results_table(rows[:1]).splitlines()[-1].split() == ["a", "8"]
+
+
+def test_what_a_size_has_lost_and_gained_is_said_in_a_line():
+    rows = [{"name": "max", "accuracy": 0.8, "latency": 0.3}, {"name": "half", "accuracy": 0.77, "latency": 0.1}]
+    rows.append({"name": "odd", "accuracy": 0.805, "latency": 0.15})
+    assert compared_with_whole(rows, "accuracy", [1.0, 0.5, 0.25]).splitlines() == [
+        "against the whole model (80.0 %):",
+        "  half keeps 50% of the layers' weights, is 3.0 times as fast, and scores 3.0 points less",
+        "  odd keeps 25% of the layers' weights, is 2.0 times as fast, and scores 0.5 points more",
+    ]

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from mlfs.supernet.count import count_in_layers
 from tests.supernets import elastic, parameters_of, subnets_of
 from tests.tiny_models import all_models, inputs, logits_of, make
 
@@ -17,6 +18,15 @@ def test_parameters_are_counted_as_the_extracted_model_has_them(name, suffix):
     for subnet in subnets_of(name).values():
         assert supernet.count_parameters(subnet) == parameters_of(supernet.extract(subnet))
     assert supernet.count_parameters(supernet.space.max) == parameters_of(make(name, suffix))
+
+
+@every_model
+def test_the_layers_alone_are_counted_as_the_extracted_model_has_them(name, suffix):
+    supernet = elastic(name, suffix)
+    for subnet in subnets_of(name).values():
+        layers = supernet.extract(subnet).get_submodule(supernet.layers_name)
+        found = count_in_layers(supernet.model, supernet.layers_name, supernet.layer_sizes(subnet))
+        assert found == sum(p.numel() for p in layers.parameters())
 
 
 @every_model
