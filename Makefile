@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak lint bench bench-cpu bench-gpu bench-quality bench-static bench-traffic sanitize clean
+.PHONY: help env demo test soak lint bench bench-cpu bench-gpu bench-quality bench-static bench-training bench-traffic results sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,13 @@ bench-gpu: $(STAMP) ## test the kernels on this GPU, then time them against cuBL
 
 bench-quality: $(STAMP) ## compare one palette with the same sizes trained alone with PEFT (half an hour)
 	$(BIN)/python -m bench.quality.palette $(ARGS)
+
+bench-training: $(STAMP) ## compare ways of training a palette with sizes trained alone, all weights (an hour and more)
+	$(BIN)/python -m bench.quality.training $(ARGS)
+
+results: $(STAMP) ## print the tables of recorded results, and draw the pictures of docs/ from them
+	for bench in palette slices training; do $(BIN)/python -m bench.quality.$$bench --table; done
+	$(BIN)/python docs/figures.py
 
 bench-static: $(STAMP) ## compile the kernels for five GPUs and read their machine code
 	$(BIN)/python -m bench.static.gpu_static $(ARGS)

@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and docs/: python docs/figures.py (reads bench/results/palette_quality.json)."""
+"""Draws the pictures of README.md and docs/: python docs/figures.py (reads bench/results/)."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from matplotlib.path import Path as Line
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "bench" / "results" / "palette_quality.json"
+TRAINING = RESULTS.with_name("training.json")
 BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#dfe7f0"
 
 
@@ -21,6 +22,9 @@ def main() -> None:
     kernels(HERE / "kernels.png")
     if RESULTS.exists():
         palette(json.loads(RESULTS.read_text()), HERE / "palette.png")
+    if RESULTS.exists() and TRAINING.exists():
+        parameters = json.loads(RESULTS.read_text())["parameters"]
+        training(json.loads(TRAINING.read_text())["SST-2"], parameters, HERE / "training.png")
 
 
 def palette(result: dict[str, Any], path: Path) -> None:
@@ -47,6 +51,42 @@ def palette(result: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def training(result: dict[str, Any], parameters: dict[str, int], path: Path) -> None:
+    """Accuracy against parameters: palettes of all weights and of adapters, and sizes trained alone, means of seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    series = {
+        "one run, all weights": (result["palettes"].get("all weights"), "o", BLUE),
+        "one run, adapters": (result["palettes"].get("default"), "^", GREY),
+    }
+    for label, (runs, marker, color) in series.items():
+        if runs:
+            points = sorted((parameters[s] / 1e6, 100 * _mean(runs, s)) for s in parameters)
+            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=7, label=f"{label} ({_seeds(runs)})")
+    alone = {}
+    for name, runs in result.get("twins", {}).items():
+        size = name.partition(",")[0]
+        alone[size] = max(alone.get(size, 0.0), 100 * sum(run["dev"] for run in runs.values()) / len(runs))
+    if alone:
+        points = sorted((parameters[size] / 1e6, score) for size, score in alone.items())
+        axes.plot(*zip(*points, strict=True), "s", color=ORANGE, markersize=7, label="each size alone, all weights")
+    teachers = list(result["teachers"]["base"].values())
+    whole = 100 * sum(run["dev"] for run in teachers) / len(teachers)
+    axes.axhline(whole, color=GREY, linewidth=0.8, linestyle="--", label="the whole model, fine-tuned")
+    axes.set(xlabel="parameters (millions)", ylabel="SST-2 dev accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _mean(runs: dict[str, Any], size: str) -> float:
+    return sum(run["dev"][size] for run in runs.values()) / len(runs)
+
+
+def _seeds(runs: dict[str, Any]) -> str:
+    return f"{len(runs)} seed{'s' * (len(runs) > 1)}"
 
 
 class Drawing:
