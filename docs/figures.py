@@ -58,7 +58,7 @@ def training(result: dict[str, Any], parameters: dict[str, int], path: Path) -> 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     series = {
         "one run, all weights": (result["palettes"].get("all weights"), "o", BLUE),
-        "one run, adapters": (result["palettes"].get("default"), "^", GREY),
+        "one run, adapters": (result["palettes"].get("adapters"), "^", GREY),
     }
     for label, (runs, marker, color) in series.items():
         if runs:

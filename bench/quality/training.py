@@ -1,7 +1,7 @@
 """What training makes of a palette: variants of the method, beside each size trained alone with all of its weights.
 
     python -m bench.quality.training --only teachers                  the whole model, fine-tuned: stage 0
-    python -m bench.quality.training --only palettes --variants default base
+    python -m bench.quality.training --only palettes --variants 'all weights'
     python -m bench.quality.training --only twins                     the strong alternative: one size a run
     python -m bench.quality.training --only cost                      seconds a step, of a palette and of the twins
     python -m bench.quality.training --table                          prints the recorded results
@@ -54,26 +54,29 @@ RUNS = ROOT / "runs" / "training"
 HELD_BACK = 3000  # at most, and at most a tenth of a task's examples
 TRAINED = {"SST-2": 16_000}  # of all there are, where not all
 
-# Of `MLFSArguments`, for stage 0.
+# What variants change, of `MLFSArguments`: the method without what was found to help it.
+PLAIN: dict[str, Any] = {"learning_rate": 1e-3, "teacher": "maxnet", "subnet_rate_factor": 1.0, "warmup_steps": 0}
+FROZEN: dict[str, Any] = {"teacher": "frozen", "warmup_steps": 0.1}
+# For stage 0.
 TEACHERS: dict[str, dict[str, Any]] = {
     "adapters": {},
     "base": {"train_base": [0]},
 }
-# Of `MLFSArguments`, for stages 1 and 2; "from" names another teacher than `base`.
+# For stages 1 and 2; "from" names another teacher than `base`.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "default, adapters' teacher": {"from": "adapters"},
-    "all weights": {"train_base": [1, 2], "base_learning_rate": 2e-4, "warmup_steps": 0.1},
-    "all weights, maxnet teaches": {
-        "train_base": [1, 2],
-        "base_learning_rate": 2e-4,
-        "warmup_steps": 0.1,
-        "teacher": "maxnet",
+    "adapters": {**FROZEN, "learning_rate": 3e-3},
+    "adapters, lr 1e-3": {"teacher": "frozen"},
+    "adapters, rank 32": {**FROZEN, "learning_rate": 3e-3, "rank": 32, "lora_alpha": 32},
+    "adapters, maxnet teaches": {"warmup_steps": 0.1, "learning_rate": 3e-3},
+    "adapters, maxnet teaches, lr 1e-3": {},
+    "all weights": {**FROZEN, "train_base": [1, 2], "base_learning_rate": 2e-4},
+    "all weights, lr 4e-4": {**FROZEN, "train_base": [1, 2], "base_learning_rate": 4e-4},
+    "all weights, one stage": {
+        **FROZEN, "train_base": [2], "base_learning_rate": 3e-4, "stages_to_train": [2], "stage_epochs": [1.0],
     },
-    "all weights, maxnet teaches, lr 1e-4": {"train_base": [1, 2], "base_learning_rate": 1e-4, "teacher": "maxnet"},
-    "rank 32": {"rank": 32, "lora_alpha": 64.0},
-    "norms": {"train_norms": True},
-}
+    "all weights, maxnet teaches": {"train_base": [1, 2], "base_learning_rate": 2e-4, "warmup_steps": 0.1},
+    "all weights, maxnet teaches, lr 1e-4": {"train_base": [1, 2], "base_learning_rate": 1e-4},
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=GLUE)
     parser.add_argument("--only", choices=["teachers", "palettes", "twins", "cost"], help="one kind of run")
     parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
-    parser.add_argument("--variants", nargs="+", default=["default"], help=f"{', '.join(VARIANTS)}, or JSON of options")
+    parser.add_argument(
+        "--variants", nargs="+", default=["adapters", "all weights"], help=f"of {'; '.join(VARIANTS)}; or JSON"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of the twins, by number")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates of the twins")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -223,7 +228,7 @@ def train_teacher(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     folder = _teacher_folder(subject, name, seed)
     supernet = SuperTransformer(subject.model(), SPACE)
     palette = json.dumps({"max": SPACE.max.to_dict()})
-    options = {"learning_rate": 1e-3, "num_train_epochs": 1.0, **_options(TEACHERS, name)}
+    options = {**PLAIN, "num_train_epochs": 1.0, **_options(TEACHERS, name)}
     given = arguments_of(seed, folder, stages_to_train=[0], overwrite_run=True, palette=palette, **options)
     trainer = MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer())
     start = time.perf_counter()
@@ -246,7 +251,7 @@ def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
 
 def palette_trainer(subject: Subject, name: str, seed: int) -> tuple[MLFSTrainer, dict[str, Any]]:
     """Makes the trainer of a variant, and returns its options."""
-    options = {"learning_rate": 1e-3, "stage_epochs": [0.5], **_options(VARIANTS, name)}
+    options = {**PLAIN, "stage_epochs": [0.5], **_options(VARIANTS, name)}
     supernet = _from_teacher(subject, options.pop("from", "base"), seed, options)
     set_seed(seed)
     palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
@@ -287,7 +292,7 @@ def time_steps(subject: Subject, name: str, seed: int, steps: int = 12) -> dict[
     """
     palette, _ = palette_trainer(subject, name, seed)
     palette.stage = 2
-    if palette.args.has_frozen_teacher:
+    if palette.args.teacher == "frozen":
         palette.teach_with(FrozenTeacher(palette.supernet))
     palette._let_train()
     trainers: dict[str, Any] = {"palette": palette}

@@ -16,7 +16,7 @@ from mlfs.training.execution import EXECUTIONS
 from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
-TEACHERS = ("auto", "maxnet", "frozen")
+TEACHERS = ("frozen", "maxnet")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -56,7 +56,11 @@ class MLFSArguments(TrainingArguments):
     )
     stage_epochs: list[float] = _option([], "Epochs per stage (fractions count). Default: num_train_epochs each.")
     stage_steps: list[int] = _option([], "Optimizer steps per stage; overrides stage_epochs.")
-    stage_learning_rates: list[float] = _option([], "Learning rate per stage. Default: learning_rate for each.")
+    stage_learning_rates: list[float] = _option(
+        [], "Learning rate per stage. Default: learning_rate in stage 0, subnet_rate_factor times it in 1 and 2."
+    )
+    subnet_rate_factor: float = _option(3.0, "How much higher the learning rate is in stages 1 and 2.")
+    warmup_steps: float = _option(0.1, "Steps, or share of a stage's steps, in which the learning rate grows from 0.")
     dropout_stages: list[int] = _option(
         [0], "Stages that train with the model's dropout. Subnets have less to spare: 1 and 2 do better without."
     )
@@ -87,9 +91,9 @@ class MLFSArguments(TrainingArguments):
     distill_alpha: float = _option(0.9, "Share of the KL divergence from maxnet in a subnet's loss, 0 to 1.")
     distill_beta: list[float] = _option([0.1], "Weight of the hidden-state distance: one, or one per maxnet layer.")
     teacher: str = _option(
-        "auto",
-        "Who teaches the sizes in stages 1 and 2: 'maxnet' as it is in the same step, or a 'frozen' copy of the whole "
-        "model from before them. 'auto': 'frozen' if all weights train there (train_base), else 'maxnet'.",
+        "frozen",
+        "Who teaches the sizes in stages 1 and 2: a 'frozen' copy of the whole model from before them, or 'maxnet' as "
+        "it is in the same step, which costs nothing and stands lower learning rates (subnet_rate_factor 1).",
     )
     temperature: float = _option(1.0, "Temperature of the KL divergence.")
     projection_size: int = _option(64, "Numbers that hidden states are projected to before they are compared.")
@@ -167,6 +171,8 @@ class MLFSArguments(TrainingArguments):
             raise MLFSError(f"gamma={self.gamma}: expected >= 0")
         if not 0 <= self.distill_alpha <= 1:
             raise MLFSError(f"distill_alpha={self.distill_alpha}: expected 0 to 1")
+        if self.subnet_rate_factor <= 0:
+            raise MLFSError(f"subnet_rate_factor={self.subnet_rate_factor}: expected a positive number")
         if self.temperature <= 0:
             raise MLFSError(f"temperature={self.temperature}: expected a positive number")
 
@@ -197,11 +203,6 @@ class MLFSArguments(TrainingArguments):
         named = parse_json(self.palette, "palette", "an object of name: subnet")
         if not isinstance(named, dict) or not named:
             raise MLFSError('palette: expected a JSON object, e.g. {"small": {"hidden": 256, ...}}')
-
-    @property
-    def has_frozen_teacher(self) -> bool:
-        """Whether a copy of the whole model teaches in stages 1 and 2."""
-        return self.teacher == "frozen" or (self.teacher == "auto" and bool({1, 2} & set(self.train_base)))
 
     def of_stage(self, name: str, stage: int, default: Any) -> Any:
         """Returns the value of a per-stage list for `stage`; `default` if the list is empty."""

@@ -217,7 +217,7 @@ class MLFSTrainer(SavingTrainer):
         is_ordered = self.supernet.permutation or self.supernet.rotation is not None
         if fresh and stage > 0 and orders and not is_ordered:
             self._order()
-        if stage > 0 and args.has_frozen_teacher and self.teacher is None:
+        if stage > 0 and args.teacher == "frozen" and self.teacher is None:
             self._keep_teacher()
         self._let_train()
         self.optimizer = self.lr_scheduler = None
@@ -228,6 +228,7 @@ class MLFSTrainer(SavingTrainer):
         """Has the arguments say how long the stage is, and its learning rate."""
         args, stage = self.args, self.stage
         rate = args.base_learning_rate if stage in args.train_base else settings["learning_rate"]
+        rate *= args.subnet_rate_factor if stage > 0 else 1
         args.learning_rate = args.of_stage("stage_learning_rates", stage, rate)
         args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
         if args.num_train_epochs < 0:
@@ -255,7 +256,7 @@ class MLFSTrainer(SavingTrainer):
         """
         self.teacher = None
         began = any(stage > 0 for stage in done) or (point.checkpoint is not None and left[0] > 0)
-        if not self.args.has_frozen_teacher or not began or not left:
+        if self.args.teacher != "frozen" or not began or not left:
             return
         folder = teacher_folder(point.run)
         if not folder.exists():

@@ -49,3 +49,21 @@ def test_passes_are_by_the_number_of_examples_unless_they_are_given(tmp_path: Pa
         lengths[name] = [state["max_steps"] for state in states]
         assert t.args.num_train_epochs == options.get("num_train_epochs", -1)
     assert lengths == {"by size": [40, 40, 40], "given": [4, 4, 4], "of stages": [2, 4, 6]}
+
+
+@pytest.mark.parametrize(("options", "rates"), [
+    ({}, [1e-3, 3e-3, 3e-3]), ({"subnet_rate_factor": 2.0}, [1e-3, 2e-3, 2e-3]),
+    ({"stage_learning_rates": [1e-4]}, [1e-4] * 3), ({"stage_learning_rates": [1e-4, 2e-4, 3e-4]}, [1e-4, 2e-4, 3e-4]),
+    ({"train_base": [0, 2], "base_learning_rate": 1e-4}, [1e-4, 3e-3, 3e-4]),
+])  # fmt: skip
+def test_smaller_sizes_train_at_a_higher_rate(options: dict[str, Any], rates: list[float], tmp_path: Path) -> None:
+    settings = {"subnet_rate_factor": 3.0, "learning_rate": 1e-3, "stage_steps": [1], "logging_steps": 1}
+    t = trainer(tmp_path, save_strategy="no", **{**settings, **options})
+    t.train()
+    assert [e["learning_rate"] for e in t.state.log_history if "loss" in e] == pytest.approx(rates)
+    assert t.args.learning_rate == 1e-3
+
+
+def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MLFSError, match="subnet_rate_factor=0"):
+        trainer(tmp_path, subnet_rate_factor=0)

@@ -204,15 +204,5 @@ def test_own_losses_are_taught_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_teacher_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MLFSError, match="teacher='me': expected one of auto, maxnet, frozen"):
+    with pytest.raises(MLFSError, match="teacher='me': expected one of frozen, maxnet"):
         trainer(tmp_path, teacher="me")
-
-
-@pytest.mark.parametrize(("options", "is_frozen"), [
-    ({}, False), ({"train_base": [0]}, False), ({"train_base": [2]}, True), ({"train_base": True}, True),
-    ({"train_base": True, "teacher": "maxnet"}, False), ({"teacher": "frozen"}, True),
-])  # fmt: skip
-def test_where_all_weights_train_the_teacher_is_frozen_by_default(
-    options: dict[str, Any], is_frozen: bool, tmp_path: Path
-) -> None:
-    assert trainer(tmp_path, **options).args.has_frozen_teacher == is_frozen
