@@ -147,7 +147,7 @@ def _finish(words: list[str]) -> None:
     parser.add_argument("--validation_file", help="validation data (default: the run's)")
     parser.add_argument("--dataset_name", help="or a data set of the Hub")
     parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
-    parser.add_argument("--max_train_samples", type=int, help="train on this many examples (default: all)")
+    parser.add_argument("--max_train_samples", type=int, help="train on this many examples (default: as in training)")
     parser.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data (default: 1)")
     parser.add_argument("--max_steps", type=int, default=-1, help="steps, instead of passes")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of all weights (default: 1e-4)")
@@ -164,7 +164,8 @@ def _finish(words: list[str]) -> None:
         base_learning_rate=given.learning_rate, num_train_epochs=given.num_train_epochs, max_steps=given.max_steps,
         per_device_train_batch_size=given.batch_size, per_device_eval_batch_size=given.batch_size, seed=given.seed,
     )  # fmt: skip
-    print(json.dumps(found))
+    if found is not None:
+        print(json.dumps(found))
 
 
 def _given(values: argparse.Namespace, *names: str) -> dict[str, Any]:

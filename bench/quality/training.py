@@ -275,7 +275,7 @@ def twin_trainer(subject: Subject, size: int, rate: float, seed: int) -> Trainer
     set_seed(seed + 1)
     loader = Trainer(args=TrainingArguments(**arguments_of(seed, RUNS / "twin")), model=teacher, **subject.of_trainer())
     batches = [batch for batch, _ in zip(loader.get_train_dataloader(), range(30), strict=False)]
-    supernet.order(batches)
+    supernet.order("gradient", batches)
     student = supernet.extract(SUBNETS[size]).requires_grad_(True)
     set_seed(seed)
     given = arguments_of(seed, RUNS / "twin", num_train_epochs=1, learning_rate=rate)

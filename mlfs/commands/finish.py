@@ -1,5 +1,7 @@
 """`mlfs finish`: trains one size of a run on alone, and writes it for others to load."""
 
+import contextlib
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ def finish(
     model: str | None = None,
     data: DataArguments | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains one subnet of a run on alone, with all of its weights, and writes it as a transformers checkpoint.
 
     The run stays as it is.
@@ -40,7 +42,7 @@ def finish(
         **options: of MLFSArguments.
 
     Returns:
-        What the size scored before and after, by metric, and the folder.
+        What the size scored before and after, by metric, and the folder; None but in the first of several processes.
 
     Raises:
         MLFSError: no such run or subnet, a folder that is taken, sizes that no configuration can state, no data.
@@ -50,6 +52,8 @@ def finish(
     with tempfile.TemporaryDirectory() as scratch:
         args = MLFSArguments(output_dir=scratch, report_to=[], save_strategy="no", **options)
         check_setup(args)
+        if args.max_steps == 0 or args.num_train_epochs == 0:
+            raise MLFSError("nothing to train: give --num_train_epochs or --max_steps more than 0")
         supernet, tokenizer = load_run(run, model)
         chosen = find_subnet(supernet, subnet, run)
         if not supernet.is_exportable(chosen):
@@ -60,9 +64,12 @@ def finish(
         if raw.train is None:
             raise MLFSError("no training data: give --train_file or --dataset_name")
         trainer = FinishingTrainer(supernet, chosen, args, **trainer_options(supernet, raw, tokenizer, data))
-        before = _scores(trainer)
-        trainer.train()
-        after = _scores(trainer)
+        with contextlib.redirect_stdout(sys.stderr):  # what the Trainer logs; what is returned may be printed
+            before = _scores(trainer)
+            trainer.train()
+            after = _scores(trainer)
+        if not trainer.is_world_process_zero():
+            return None
         write_checkpoint(supernet, chosen, tokenizer, output_dir, finished=trainer.small)
     return {"subnet": str(chosen), "before": before, "after": after, "output_dir": str(output_dir)}
 
@@ -72,7 +79,7 @@ def _data_to_read(run: Path, recorded: DataArguments, given: DataArguments | Non
     settings, defaults = asdict(recorded), asdict(DataArguments())
     named = {name: value for name, value in asdict(given or DataArguments()).items() if value != defaults[name]}
     if "train_file" in named:
-        settings["dataset_name"] = None
+        settings |= {"dataset_name": None, "dataset_config_name": None, "validation_split": None}
     if "dataset_name" in named:
         settings |= {"train_file": None, "validation_file": None}
     settings |= named

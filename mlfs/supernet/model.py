@@ -96,7 +96,7 @@ class SuperTransformer(Ordered):
         self.model = model
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
         self.new_parameters -= self.head_parameters()
-        self.drawn_parameters = frozenset(self.new_parameters)
+        self.drawn_parameters = frozenset(self._drawn_outside_of_layers())
         self._train_drawn(True)
         hold(model, self)
         show_signature(self)
@@ -258,12 +258,19 @@ class SuperTransformer(Ordered):
         self.record.write()
         watch_next_optimizer(self)
 
+    def _drawn_outside_of_layers(self) -> Iterator[str]:
+        """Names what the base's checkpoint lacks of linear layers between its layers and the head: poolers and such."""
+        for name in self.new_parameters:
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, ElasticLinear) and not name.startswith(f"{self.layers_name}."):
+                yield name
+
     def _train_drawn(self, trains: bool) -> None:
         """Lets what loading the base drew at random, such as a missing pooler, train with the head it belongs to."""
         for name in self.drawn_parameters:
             module, _, key = name.rpartition(".")
-            owner = self.model.get_submodule(module)
-            if trains and isinstance(owner, ElasticLinear):
+            owner: Any = self.model.get_submodule(module)
+            if trains:
                 owner.merge_stages(0)  # what trains is not read from a copy
             owner.get_parameter(key).requires_grad_(trains)
 
@@ -284,11 +291,12 @@ class SuperTransformer(Ordered):
     def merge_stages(self, stages: int) -> None:
         """Merges the first `stages` stages into an fp32 copy of the projections, which is read instead; 0: undoes it.
 
-        The base itself is not touched, and is what is saved. Layers whose own weights train are read as they are.
+        The base itself is not touched, and is what is saved. What was drawn at random and trains is read as it is.
         """
-        for module in self.elastic():
-            if isinstance(module, ElasticLinear) and module.stages and not module.own_weight.requires_grad:
-                module.merge_stages(stages)
+        for name, module in self.model.named_modules():
+            if isinstance(module, ElasticLinear) and module.stages:
+                is_drawn = f"{name}.weight" in self.drawn_parameters and module.own_weight.requires_grad
+                module.merge_stages(0 if is_drawn else stages)
 
     @property
     def merged_stages(self) -> int:

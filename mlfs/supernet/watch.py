@@ -35,7 +35,8 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for supernet, stage in list(_WATCHED.items()):
         layers = [layer for layer in supernet.modules() if isinstance(layer, ElasticLinear) and layer.stages]
         parts = {f"stage {s}": {i for layer in layers for i in _ids_of(layer, s)} for s in range(supernet.stages)}
-        parts["the base"] = {id(layer.own_weight) for layer in layers}
+        drawn = {id(supernet.model.get_parameter(name)) for name in supernet.drawn_parameters}
+        parts["the base"] = {id(layer.own_weight) for layer in layers} - drawn  # which trains with the head
         trains = "the base" if supernet.trains_base else f"stage {stage}"
         parts_held = [part for part, ids in parts.items() if held & ids]
         if trains in parts_held:

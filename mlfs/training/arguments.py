@@ -16,6 +16,7 @@ from mlfs.training.execution import EXECUTIONS
 from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
+BY_SIZE = -1.0  # as a number of passes: by the number of examples
 TEACHERS = ("frozen", "maxnet")
 
 
@@ -46,7 +47,7 @@ class MLFSArguments(TrainingArguments):
     """
 
     num_train_epochs: float = _option(
-        -1.0,
+        BY_SIZE,
         "Passes over the data in each stage. -1: 3, or, of fewer than 10,000 examples, as many as see 30,000, at most "
         "20 (default: -1)",
     )
@@ -149,8 +150,10 @@ class MLFSArguments(TrainingArguments):
 
     def _check_stages(self) -> None:
         stages = self.stages_to_train
-        if isinstance(self.train_base, bool):
+        if self.train_base is None or isinstance(self.train_base, bool):
             self.train_base = list(stages) if self.train_base else []
+        if not isinstance(self.train_base, (list, tuple)):
+            raise MLFSError(f"train_base={self.train_base!r}: expected a list of stages, such as [0], or True for all")
         if not stages or sorted(set(stages)) != list(stages) or not set(stages) <= {0, 1, 2}:
             raise MLFSError(f"stages_to_train={stages}: expected ascending stages out of 0, 1, 2")
         for name in ("stage_epochs", "stage_steps", "stage_learning_rates"):
@@ -171,8 +174,15 @@ class MLFSArguments(TrainingArguments):
             raise MLFSError(f"gamma={self.gamma}: expected >= 0")
         if not 0 <= self.distill_alpha <= 1:
             raise MLFSError(f"distill_alpha={self.distill_alpha}: expected 0 to 1")
-        if self.subnet_rate_factor <= 0:
-            raise MLFSError(f"subnet_rate_factor={self.subnet_rate_factor}: expected a positive number")
+        for name in ("subnet_rate_factor", "base_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise MLFSError(f"{name}={getattr(self, name)}: expected a positive number")
+        if self.learning_rate < 0:
+            raise MLFSError(f"learning_rate={self.learning_rate}: expected a positive number")
+        if self.num_train_epochs < 0 and self.num_train_epochs != BY_SIZE:
+            raise MLFSError(
+                f"num_train_epochs={self.num_train_epochs}: expected 0 or more, or -1 for a default by size"
+            )
         if self.temperature <= 0:
             raise MLFSError(f"temperature={self.temperature}: expected a positive number")
 

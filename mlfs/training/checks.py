@@ -22,7 +22,10 @@ _LOWEST = {
     "data_seed": 0,
 }
 _SEEDS = ("seed", "data_seed")  # NumPy takes 32 bits
-_FINITE = ("learning_rate", "stage_learning_rates", "num_train_epochs", "stage_epochs", "weight_decay", "warmup_steps")
+_FINITE = (
+    "learning_rate", "base_learning_rate", "subnet_rate_factor", "stage_learning_rates", "num_train_epochs",
+    "stage_epochs", "weight_decay", "warmup_steps",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def one_by_one(
     packs = reads_no_padding(batch.inputs) and heads_read_no_padding(trainer.supernet.model)
     has_students = len(subnets) > 1 or trainer.teacher is not None
     needs_states = has_students and subnet_loss.distance.is_used
-    with trainer.compute_loss_context_manager(), without_padding(packs):
+    with trainer.accelerator.autocast(), without_padding(packs):
         teacher = _taught_by(trainer, subnet_loss, batch, needs_states)
     for subnet, weight in zip(subnets, weights, strict=True):
         layers = trainer.supernet.kept_layers(subnet)
@@ -118,7 +118,7 @@ def lockstep(
     rows = rows_of(batch.inputs)
     subnet_of_row = [subnet for subnet in subnets for _ in range(rows)]
     needs_states = subnet_loss.distance.is_used
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         teacher = _taught_by(trainer, subnet_loss, batch, needs_states)
     with trainer.supernet.activate_rows(subnet_of_row):
         with trainer.compute_loss_context_manager():

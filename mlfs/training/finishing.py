@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from mlfs.errors import MLFSError
 from mlfs.models.configuration import has_final_norm
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
-from mlfs.training.arguments import MLFSArguments
+from mlfs.training.arguments import BY_SIZE, MLFSArguments
 from mlfs.training.batch import Batch, accumulation_of
 from mlfs.training.distillation import HiddenStateDistance, detached
 from mlfs.training.execution import without_dropout
@@ -43,7 +44,7 @@ class FinishingTrainer(Trainer):
     ) -> None:
         args = copy.copy(MLFSArguments() if args is None else args)
         args.learning_rate = args.base_learning_rate
-        if args.num_train_epochs < 0:
+        if args.num_train_epochs == BY_SIZE:
             args.num_train_epochs = 1.0
         self.small = supernet.extract(subnet).requires_grad_(True)
         super().__init__(model=self.small, args=args, **kwargs)
@@ -52,7 +53,6 @@ class FinishingTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self.supernet, self.subnet = supernet, subnet
         supernet.to(self.args.device)
-        supernet.merge_stages(supernet.trained_stages)
         distance = HiddenStateDistance(
             dims.hidden,
             dims.layers,
@@ -64,6 +64,22 @@ class FinishingTrainer(Trainer):
         self.subnet_loss = SubnetLoss(task, distance, args.distill_alpha, args.temperature)
         self.layers = supernet.kept_layers(subnet)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains the copy, as `transformers.Trainer` does. The teacher's stages are merged meanwhile.
+
+        Raises:
+            MLFSError: a loss, or a weight that came of it, is NaN or infinite.
+        """
+        merged = self.supernet.merged_stages
+        self.supernet.merge_stages(self.supernet.trained_stages)  # read once instead of added in each step
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.supernet.merge_stages(merged)
+        if faulty := next((name for name, p in self.small.named_parameters() if not p.isfinite().all()), None):
+            raise MLFSError(f"the weight {faulty} became NaN or infinite: train with a lower learning rate")
+        return output
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -74,11 +90,16 @@ class FinishingTrainer(Trainer):
         needs_states = {"output_hidden_states": True} if self.subnet_loss.distance.is_used else {}
         given = without_labels(self.supernet.model, inputs, self.label_names)
         self.supernet.model.eval()
-        with torch.no_grad(), self.supernet.activate(self.supernet.space.max):
+        with torch.no_grad(), self.accelerator.autocast(), self.supernet.activate(self.supernet.space.max):
             teacher = detached(self.supernet(**given, **needs_states))
         loss, outputs = super().compute_loss(model, {**inputs, **needs_states}, True, num_items_in_batch)
         labels = inputs.get("labels")
         task = task_of(self.supernet.model, labels)
         batch = Batch(inputs, accumulation_of(self, num_items_in_batch), task=task, unlabelled=task.unlabelled(inputs))
         found = self.subnet_loss(batch, self.layers, outputs, loss, teacher)
+        if not torch.isfinite(found.loss):
+            raise MLFSError(
+                f"the loss became NaN or infinite at step {self.state.global_step + 1}: train with a lower learning "
+                f"rate (now {self._get_learning_rate():.3g}), or check the data"
+            )
         return (found.loss, outputs) if return_outputs else found.loss

@@ -149,7 +149,7 @@ def make_room(
 def remove_leftovers(run: Path) -> None:
     """Deletes the temporary files of processes that were cut off; for whoever holds the lock of the run folder."""
     # .tmp-... are those of mlfs.files, .tmp... those of safetensors
-    for pattern in (".tmp*", "stage-*/.tmp*", "stage-*/checkpoint-*/.tmp*"):
+    for pattern in (".tmp*", "stage-*/.tmp*", "stage-*/checkpoint-*/.tmp*", "stage-*/.teacher/.tmp*"):
         for path in run.glob(pattern):
             if path.is_file():
                 path.unlink(missing_ok=True)

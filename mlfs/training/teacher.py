@@ -6,7 +6,6 @@ weights and a forward pass more a step.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from mlfs.models.configuration import dimensions
 from mlfs.models.fused.lm_head import vocabulary_head, without_logits
 from mlfs.space.search_space import SearchSpace
 from mlfs.supernet.model import SuperTransformer
-
-FOLDER = "teacher"  # in the run folder, while stages that it teaches train
 
 
 class FrozenTeacher:
@@ -58,8 +55,3 @@ class FrozenTeacher:
             return False
         ours, theirs = ([p for p in (h.own_weight, h.own_bias) if p is not None] for h in (self.head, head))
         return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
-def teacher_folder(run: Path) -> Path:
-    """Returns where a run keeps its teacher's weights while it needs them: they are what a saved stage has."""
-    return run / FOLDER

@@ -7,7 +7,6 @@ newest stage that is done has saved.
 
 import contextlib
 import itertools
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from mlfs.errors import MLFSError
 from mlfs.files import read_json, write_json
 from mlfs.space.search_space import SearchSpace
 from mlfs.space.subnet import Subnet
+from mlfs.supernet.checkpoint import read_state
 from mlfs.supernet.depth import LayerMethod, method_of
 from mlfs.supernet.folders import locked_folder, make_folder
+from mlfs.supernet.loading import restore_order
 from mlfs.supernet.model import SuperTransformer
 from mlfs.supernet.permutation import LAYERS, permutation_of
 from mlfs.supernet.rotation import check_rotatable
-from mlfs.training.arguments import MLFSArguments, passes_over
+from mlfs.training.arguments import BY_SIZE, MLFSArguments, passes_over
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
@@ -49,7 +50,7 @@ from mlfs.training.runs import (
 )
 from mlfs.training.saving import SavingTrainer
 from mlfs.training.stopping import TrainerControl, forget_stop, stop_was_asked, with_stage_flow
-from mlfs.training.teacher import FrozenTeacher, teacher_folder
+from mlfs.training.teacher import FrozenTeacher
 
 logger = logging.get_logger("transformers.mlfs")
 _PROJECTIONS = "projections.safetensors"
@@ -97,6 +98,7 @@ class MLFSTrainer(SavingTrainer):
         self.control = TrainerControl(**self.control.state()["args"])
         with_stage_flow(self.callback_handler)
         self._step_offset = 0  # optimizer steps of the stages before
+        self._teacher_run: Path | None = None  # whose the frozen teacher is
         self._stage_is_over = False  # whether a callback ended the stage before it was cut off
 
     # ---- the stages ---------------------------------------------------------------------------------------------
@@ -142,7 +144,8 @@ class MLFSTrainer(SavingTrainer):
                 if self.stage in done:
                     # what one stage has, later ones have too: the last alone is loaded
                     newer = [s for s in done if s > self.stage and is_saved(stage_folder(point.run, s))]
-                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage), loads=not newer)
+                    loads = not newer and point.checkpoint is None
+                    logs, steps = self._restore_stage(stage_folder(point.run, self.stage), loads)
                 else:
                     output = self._train_stage(settings, point.checkpoint if self.stage == left[0] else None, **kwargs)
                     logs, steps = self.state.log_history, self.state.global_step
@@ -151,8 +154,7 @@ class MLFSTrainer(SavingTrainer):
                 self._step_offset += steps
                 if self._was_stopped:
                     break
-            else:
-                self._forget_teacher()
+            self.teach_with(None)  # unless it was cut off, and goes on in this process
         finally:
             for name, value in settings.items():
                 setattr(args, name, value)
@@ -231,7 +233,7 @@ class MLFSTrainer(SavingTrainer):
         rate *= args.subnet_rate_factor if stage > 0 else 1
         args.learning_rate = args.of_stage("stage_learning_rates", stage, rate)
         args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
-        if args.num_train_epochs < 0:
+        if args.num_train_epochs == BY_SIZE:
             args.num_train_epochs = passes_over(_length_of(self.train_dataset))
         steps = args.of_stage("stage_steps", stage, None)
         if steps:
@@ -251,33 +253,42 @@ class MLFSTrainer(SavingTrainer):
     def _restore_teacher(self, point: ResumePoint, done: list[int], left: list[int]) -> None:
         """Makes the frozen teacher again, where a run goes on that has begun to learn from one.
 
+        Its weights are in the folder of the first stage that it teaches; where they are not there, or damaged, they are
+        those of stage 0, in the order that the run has come to.
+
         Raises:
-            MLFSError: its weights are not there.
+            MLFSError: neither is there.
         """
-        self.teacher = None
         began = any(stage > 0 for stage in done) or (point.checkpoint is not None and left[0] > 0)
+        if self.teacher is not None and began and self._teacher_run == point.run.resolve():
+            return  # it went on in this process
+        self.teacher = None
         if self.args.teacher != "frozen" or not began or not left:
             return
-        folder = teacher_folder(point.run)
-        if not folder.exists():
-            raise MLFSError(
-                f"{folder} is missing: a run with a frozen teacher goes on with the one that it began with; resume "
-                "with teacher='maxnet' if the run had that, or begin anew from stage 0"
-            )
-        self.supernet.restore(folder)
-        self._keep_teacher()
+        folder, first = self._teacher_folder(point.run), stage_folder(point.run, 0)
+        try:
+            self.supernet.restore(folder)
+        except MLFSError as error:
+            if 0 not in self.args.stages_to_train or not is_saved(first):
+                raise MLFSError(
+                    f"the run goes on with the teacher that it began with, which cannot be read ({error}): resume with "
+                    "teacher='maxnet' if the run had that, or begin anew from stage 0"
+                ) from None
+            newest = point.checkpoint or stage_folder(point.run, done[-1])
+            self.supernet.restore(first)
+            restore_order(self.supernet, read_state(newest), newest)
+        self._keep_teacher(saves=point.run.resolve() != self.run_folder.resolve())
 
-    def _keep_teacher(self) -> None:
-        """Makes the frozen teacher of maxnet as it is now, and saves its weights while stages learn from it."""
-        if self.args.should_save:
-            self.supernet.save_pretrained(teacher_folder(self.run_folder))
-        self.teacher = FrozenTeacher(self.supernet)
+    def _keep_teacher(self, saves: bool = True) -> None:
+        """Makes the frozen teacher of maxnet as it is now, and saves its weights for a run that goes on later."""
+        if saves and self.args.should_save:
+            self.supernet.save_pretrained(self._teacher_folder(self.run_folder))
+        self.accelerator.wait_for_everyone()
+        self.teacher, self._teacher_run = FrozenTeacher(self.supernet), self.run_folder.resolve()
 
-    def _forget_teacher(self) -> None:
-        """Lets go of the teacher once all stages are done."""
-        self.teach_with(None)
-        if self.args.should_save:
-            shutil.rmtree(teacher_folder(self.run_folder), ignore_errors=True)
+    def _teacher_folder(self, run: Path) -> Path:
+        """Returns where a run keeps its teacher's weights: hidden, in the folder of the first stage that it teaches."""
+        return stage_folder(run, min(stage for stage in self.args.stages_to_train if stage > 0)) / ".teacher"
 
     def _leave_stage(self) -> None:
         """Saves the stage, and leaves the model as it was before it was prepared."""

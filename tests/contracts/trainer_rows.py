@@ -113,9 +113,11 @@ FIELDS = [
     Row("output_dir, max_steps, per_device_train_batch_size, per_device_eval_batch_size, learning_rate, logging_steps, "
         "report_to, use_cpu, disable_tqdm, save_strategy", SAME, "The settings of all rows here. Stages have folders "
         "of their own in output_dir: `stage-S/checkpoint-N`."),
-    Row("num_train_epochs", SAME, "Of each stage, unless stage_epochs or stage_steps says otherwise.",
+    Row("num_train_epochs", SAME, "Of each stage, unless stage_epochs or stage_steps says so. The default, -1, is "
+        "3, of fewer than 10,000 examples as many passes as see 30,000, at most 20.",
         {"num_train_epochs": 2.0, "max_steps": -1}),
-    Row("lr_scheduler_type, lr_scheduler_kwargs, warmup_steps", SAME, "Each stage has a schedule of its own.",
+    Row("lr_scheduler_type, lr_scheduler_kwargs, warmup_steps", SAME, "Each stage has a schedule of its own. By "
+        "default the rate grows in the first tenth of it.",
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.3}, "warmup_steps": 2}),
     Row("optim, optim_args", SAME, "Each stage has an optimizer of its own. `galore_*`, `apollo_*`, `lomo` and "
         "`adalomo` are refused: see below.", {"optim": "sgd", "optim_args": "momentum=0.9"}),

@@ -113,3 +113,19 @@ def test_the_base_at_hand_is_not_changed(tmp_path: Path) -> None:
     own = supernet.head_parameters()
     for key, value in supernet.base_parameters().items():
         assert key in own or torch.equal(value, base[key])
+
+
+def test_a_size_that_is_lost_in_training_is_not_given_out(tmp_path: Path) -> None:
+    supernet = trained("llama-tied", "ForCausalLM")
+    with pytest.raises(MLFSError, match="NaN or infinite"):
+        finishing(tmp_path, supernet, supernet.space.min, "LM", base_learning_rate=1e30).train()
+    assert supernet.merged_stages == 0
+    supernet.train_stage(1)
+
+
+def test_the_teacher_runs_in_the_precision_of_the_copy(tmp_path: Path) -> None:
+    supernet = trained("llama-tied", "ForCausalLM")
+    seen = set()
+    supernet.model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    finishing(tmp_path, supernet, supernet.space.min, "LM", bf16=True, max_steps=1).train()
+    assert seen == {torch.bfloat16}

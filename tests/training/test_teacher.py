@@ -1,5 +1,6 @@
 """The frozen teacher: the whole model as it was before widths and depths trained."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from mlfs import MLFSError, MLFSTrainer
-from mlfs.training.teacher import FrozenTeacher, teacher_folder
+from mlfs.training.teacher import FrozenTeacher
 from tests.tiny_models import inputs, logits_of
 from tests.trainers import assert_same, own, rows, trainer
 
@@ -50,7 +51,7 @@ def test_the_teacher_stays_what_stage_0_made(name: str, suffix: str, options: di
     with torch.no_grad():
         expected = logits_of(again.supernet.eval()(**inputs()))
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
-    assert not teacher_folder(tmp_path).exists() and t.teacher is None
+    assert t.teacher is None
     with torch.no_grad():
         assert not torch.equal(first, logits_of(t.supernet.eval()(**inputs())))
 
@@ -134,36 +135,123 @@ def test_a_run_goes_on_with_the_teacher_it_began_with(
     cut.training_step = stops
     with pytest.raises(Stopped):
         cut.train()
-    assert teacher_folder(tmp_path / "cut").exists()
+    assert (tmp_path / "cut" / "stage-1" / ".teacher").exists()
     target = tmp_path / ("other" if elsewhere else "cut")
     rest, after = watched(target, **options)
     rest.train(resume_from_checkpoint=str(tmp_path / "cut") if elsewhere else True)
     assert torch.equal(before.said[0][1], after.said[-1][1])
     assert_same(own(rest.supernet), own(whole.supernet))
-    assert not teacher_folder(target).exists()
 
 
-def test_a_teacher_that_is_gone_is_named(tmp_path: Path) -> None:
-    t, _ = watched(tmp_path, stages_to_train=[0, 1])
-    t._forget_teacher = lambda: None
-    t.train()
-    import shutil
+class Stopped(Exception):
+    pass
 
-    shutil.rmtree(teacher_folder(tmp_path))
+
+def cut(t: Any, stage: int, at: int) -> None:
+    """Trains until a step of a stage, and breaks off there."""
+    step = t.training_step
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        if (t.stage, t.state.global_step) == (stage, at):
+            raise Stopped
+        return step(*args, **kwargs)
+
+    t.training_step = stops
+    with pytest.raises(Stopped):
+        t.train()
+    t.training_step = step
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged"])
+@pytest.mark.parametrize("order", ["gradient", "rotation"])
+def test_a_teacher_that_cannot_be_read_is_made_of_stage_0(fault: str, order: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"name": "llama", "suffix": "ForCausalLM", "order": order}
+    whole, _ = watched(tmp_path / "whole", **options)
+    whole.train()
+    first, _ = watched(tmp_path / "cut", **options)
+    cut(first, 1, 5)
+    kept = tmp_path / "cut" / "stage-1" / ".teacher"
+    (kept / "mlfs.json").write_text("{") if fault == "damaged" else shutil.rmtree(kept)
+    rest, _ = watched(tmp_path / "cut", **options)
+    rest.train(resume_from_checkpoint=True)
+    assert_same(own(rest.supernet), own(whole.supernet))
+
+
+def test_a_teacher_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    first, _ = watched(tmp_path)
+    cut(first, 2, 5)
+    for path in (tmp_path / "stage-1" / ".teacher", tmp_path / "stage-0"):
+        shutil.rmtree(path)
     rest, _ = watched(tmp_path)
-    with pytest.raises(MLFSError, match="teacher is missing"):
+    with pytest.raises(MLFSError, match="the teacher that it began with"):
         rest.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("options", [{"order": "rotation"}, {"train_base": [1, 2]}, {"train_base": [0, 1, 2]}])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_run_that_was_cut_off_goes_on_in_this_process_too(
+    options: dict[str, Any], stage: int, anew: bool, tmp_path: Path
+) -> None:
+    kind = {"name": "llama", "suffix": "ForCausalLM", **options}
+    whole, _ = watched(tmp_path / "whole", **kind)
+    whole.train()
+    first, _ = watched(tmp_path / "cut", **kind)
+    cut(first, stage, 5)
+    rest = watched(tmp_path / "cut", **kind)[0] if anew else first
+    rest.train(resume_from_checkpoint=True)
+    assert_same(own(rest.supernet), own(whole.supernet))
+
+
+def test_a_finished_run_can_be_repaired_and_trained_on(tmp_path: Path) -> None:
+    whole, _ = watched(tmp_path)
+    whole.train()
+    expected = own(whole.supernet)
+    (damaged,) = (tmp_path / "stage-2").glob("stages-*.safetensors")
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(bytes(data))
+    rest, _ = watched(tmp_path)
+    rest.train(resume_from_checkpoint=True)
+    assert_same(own(rest.supernet), expected)
+    again, _ = watched(tmp_path, overwrite_run=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "stage-1" / "checkpoint-3"))
+    assert_same(own(again.supernet), expected)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "maxnet"])
+def test_what_a_user_keeps_beside_a_run_stays(teacher: str, tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "mine.bin").write_text("x")
+    trainer(tmp_path, teacher=teacher, stage_steps=[1], save_strategy="no").train()
+    assert (tmp_path / "teacher" / "mine.bin").read_text() == "x"
+
+
 def test_the_teacher_of_an_earlier_run_is_not_taken(tmp_path: Path) -> None:
-    first, _ = watched(tmp_path, stages_to_train=[0, 1], save_strategy="no")
-    first._forget_teacher = lambda: None
-    first.train()
-    other, said = watched(tmp_path, overwrite_run=True, seed=5, save_strategy="no", stage_steps=[2])
-    other.train()
+    first, _ = watched(tmp_path)
+    cut(first, 1, 3)
+    other = trainer(tmp_path, teacher="maxnet", overwrite_run=True, seed=7)
+    cut(other, 1, 5)
+    assert not (tmp_path / "stage-1" / ".teacher").exists()
+    new, said = watched(tmp_path, overwrite_run=True, seed=5, save_strategy="no", stage_steps=[2])
+    new.train()
     plain, expected = watched(tmp_path / "new", seed=5, save_strategy="no", stage_steps=[2])
     plain.train()
     assert torch.equal(said.said[0][1], expected.said[0][1])
+
+
+def test_the_teacher_runs_in_the_precision_of_the_others(tmp_path: Path) -> None:
+    t = trainer(tmp_path, "llama", "ForCausalLM", teacher="frozen", bf16=True, stage_steps=[1], fused_head_loss=False)
+    seen, keep = set(), t._keep_teacher
+
+    def watches(*args: Any, **kwargs: Any) -> None:
+        keep(*args, **kwargs)
+        layer = t.teacher.model.model.layers[0].mlp
+        layer.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+
+    t._keep_teacher = watches
+    t.train()
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("order", ["gradient", "rotation"])
