@@ -57,7 +57,7 @@ def training(result: dict[str, Any], parameters: dict[str, int], path: Path) -> 
     """Accuracy against parameters: palettes of all weights and of adapters, and sizes trained alone, means of seeds."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     series = {
-        "one run, all weights": (result["palettes"].get("all weights"), "o", BLUE),
+        "one run, all weights": (result["palettes"].get("all weights, one stage"), "o", BLUE),
         "one run, adapters": (result["palettes"].get("adapters"), "^", GREY),
     }
     for label, (runs, marker, color) in series.items():

@@ -107,7 +107,8 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
     def once(kind: str, name: str, seed: int, work: Any) -> None:
         rows = recorded.setdefault(given.task, {}).setdefault(kind, {}).setdefault(name, {})
         if str(seed) not in rows:
-            rows[str(seed)] = {**work(), "environment": environment(seed)}
+            origin = environment(seed)  # of the code that runs, before anyone commits more
+            rows[str(seed)] = {**work(), "environment": origin}
             _record(given.output, (given.task, kind, name, str(seed)), rows[str(seed)])
             print(kind, name, seed, {k: v for k, v in rows[str(seed)].items() if k not in ("environment", "options")})
 

@@ -25,7 +25,7 @@ WRITERS = [path for path in FILES if calls_of(path) & {"write_json", "write_text
 
 
 def test_the_scripts_that_write_results_are_found():
-    assert {path.stem for path in WRITERS} == {"cpu_step", "gpu", "palette", "slices", "training"}
+    assert {path.stem for path in WRITERS} == {"cpu_step", "decoder", "gpu", "palette", "slices", "training"}
 
 
 @pytest.mark.parametrize("path", WRITERS, ids=lambda path: path.stem)
