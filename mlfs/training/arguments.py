@@ -177,8 +177,6 @@ class MLFSArguments(TrainingArguments):
         for name in ("subnet_rate_factor", "base_learning_rate"):
             if getattr(self, name) <= 0:
                 raise MLFSError(f"{name}={getattr(self, name)}: expected a positive number")
-        if self.learning_rate < 0:
-            raise MLFSError(f"learning_rate={self.learning_rate}: expected a positive number")
         if self.num_train_epochs < 0 and self.num_train_epochs != BY_SIZE:
             raise MLFSError(
                 f"num_train_epochs={self.num_train_epochs}: expected 0 or more, or -1 for a default by size"

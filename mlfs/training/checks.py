@@ -18,6 +18,7 @@ _LOWEST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "learning_rate": 0,
     "seed": 0,
     "data_seed": 0,
 }

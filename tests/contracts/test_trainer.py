@@ -63,7 +63,7 @@ def make_trainer(plain: bool, folder: Path, row: Row, options: dict[str, Any] | 
     settings: dict[str, Any] = {
         "output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 6,
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 5e-3, "logging_steps": 2,
-        "save_strategy": "no", **row.options, **(options or {}),
+        "save_strategy": "no", "warmup_steps": 0, **row.options, **(options or {}),
     }  # fmt: skip
     token_labels = "LM" in row.model[1]
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import mlfs.training.saving as saving
-import mlfs.training.trainer as training
 from mlfs import MLFSError
 from mlfs.training import runs
 from mlfs.training.file_list import listed, write_list
@@ -158,7 +157,7 @@ def test_code_in_a_checkpoint_does_not_run(unbroken: tuple[Path, Any], tmp_path:
 
 
 def test_an_older_checkpoint_is_deleted_only_once_the_next_is_whole(tmp_path: Path, monkeypatch: Any) -> None:
-    real, seen = training.rotate_checkpoints, []
+    real, seen = saving.rotate_checkpoints, []
 
     def rotate(folder: str, *args: Any, **kwargs: Any) -> None:
         seen.append([is_whole(path) for path in sorted(Path(folder).glob("checkpoint-*"))])
