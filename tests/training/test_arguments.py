@@ -19,7 +19,8 @@ from tests.trainers import rows, trainer
     ({"subnets_per_step": 0}, "subnets_per_step"), ({"order": "best"}, "order"), ({"palette": "{"}, "JSON"),
     ({"palette": '{"x": {"hidden": 47, "heads": 6, "ffn": 40, "layers": [0]}}'}, "outside the space"),
     ({"train_base": 0}, "list of stages"), ({"base_learning_rate": -1}, "positive"),
-    ({"learning_rate": -1}, "at least"), ({"base_learning_rate": float("inf")}, "finite"), ({"num_train_epochs": -3}, "-1 for a default"),
+    ({"learning_rate": -1}, "at least"), ({"base_learning_rate": float("inf")}, "finite"),
+    ({"num_train_epochs": -3}, "-1 for a default"),
     ({"distill_beta": [0.1, 0.2]}, "4 layers"), ({"temperature": 0.0}, "temperature"),
 ])  # fmt: skip
 def test_bad_option_is_refused_with_its_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
