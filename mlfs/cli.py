@@ -93,13 +93,10 @@ def _eval(words: list[str]) -> None:
         "--subnet", default="max", help="max, min, a name or sizes from the run's table, or JSON (default: max)"
     )
     _add_model(parser)
-    parser.add_argument("--validation_file", help="validation data (default: the run's)")
-    parser.add_argument("--dataset_name", help="or a data set of the Hub")
-    parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
+    _add_data(parser)
     parser.add_argument("--validation_split", help="its split")
     parser.add_argument("--max_seq_length", type=int, help="cut texts to this many tokens (default: as in training)")
     parser.add_argument("--max_eval_samples", type=int, help="score on this many examples (default: all)")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples in a batch (default: 32)")
     given = parser.parse_args(words)
     from transformers.utils import logging
 
@@ -124,8 +121,7 @@ def _export(words: list[str]) -> None:
     )
     _add_model(parser)
     parser.add_argument("--format", choices=["hf"], default="hf", help="hf: a transformers checkpoint (default)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: new or empty, outside of runs")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
+    _add_target(parser)
     given = parser.parse_args(words)
     from mlfs.commands.export import export
 
@@ -140,18 +136,14 @@ def _finish(words: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", type=Path, help="the run folder, or a stage of it")
     parser.add_argument("--subnet", required=True, help="max, min, a name or sizes from the run's table, or JSON")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: new or empty, outside of runs")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
+    _add_target(parser)
     _add_model(parser)
     parser.add_argument("--train_file", help="training data (default: the run's)")
-    parser.add_argument("--validation_file", help="validation data (default: the run's)")
-    parser.add_argument("--dataset_name", help="or a data set of the Hub")
-    parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
+    _add_data(parser)
     parser.add_argument("--max_train_samples", type=int, help="train on this many examples (default: as in training)")
     parser.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data (default: 1)")
     parser.add_argument("--max_steps", type=int, default=-1, help="steps, instead of passes")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of all weights (default: 1e-4)")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples in a batch (default: 32)")
     parser.add_argument("--seed", type=int, default=42, help="of the order of the data (default: 42)")
     given = parser.parse_args(words)
     from mlfs.commands.finish import finish
@@ -171,6 +163,18 @@ def _finish(words: list[str]) -> None:
 def _given(values: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Collects the options that were given."""
     return {name: value for name in names if (value := getattr(values, name)) is not None}
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write: new or empty, outside of runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--validation_file", help="validation data (default: the run's)")
+    parser.add_argument("--dataset_name", help="or a data set of the Hub")
+    parser.add_argument("--dataset_config_name", help="its configuration, such as sst2")
+    parser.add_argument("--batch_size", type=int, default=32, help="examples in a batch (default: 32)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -26,22 +26,15 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from bench.environment import ROOT, environment
-from bench.quality.palette import SPACE, SUBNETS, Distilled
+from bench.quality.palette import SPACE, SUBNETS, Distilled, Inputs
 from mlfs import MLFSArguments, MLFSTrainer, SuperTransformer
 from mlfs.commands.bases import load_model, load_tokenizer
 from mlfs.data.arguments import DataArguments
 from mlfs.data.metrics import compute_metrics_for
-from mlfs.data.raw import RawData, load_raw
+from mlfs.data.raw import load_raw
 from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
@@ -141,25 +134,16 @@ def _record(path: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Holds a task: what is trained on, what is held back of it, and the dev set."""
+class Subject(Inputs):
+    """Holds a task: what is trained on, the dev set (`validation`), and what is held back of the training examples."""
 
     name: str
-    raw: RawData
-    tokenizer: PreTrainedTokenizerBase
-    train: Dataset
     held_back: Dataset
-    dev: Dataset
 
     def of_trainer(self) -> dict[str, Any]:
         """Returns the arguments of a Trainer that say what it reads, and how it measures."""
-        return {
-            "train_dataset": self.train,
-            "eval_dataset": self.dev,
-            "processing_class": self.tokenizer,
-            "data_collator": DataCollatorWithPadding(self.tokenizer),
-            "compute_metrics": compute_metrics_for(self.raw.task, self.raw.glue_name, self.raw.num_labels or None),
-        }
+        metrics = compute_metrics_for(self.raw.task, self.raw.glue_name, self.raw.num_labels or None)
+        return super().of_trainer() | {"compute_metrics": metrics}
 
     def model(self) -> PreTrainedModel:
         """Loads the pretrained model with a new head."""
@@ -183,7 +167,7 @@ def load(folder: Path, name: str) -> Subject:
         seen = {words for ids in train["input_ids"] for words in _fives(ids)}
         apart = [i for i, ids in enumerate(rest["input_ids"]) if seen.isdisjoint(_fives(ids)) and len(ids) > 6]
         rest = rest.select(apart[:HELD_BACK])
-    return Subject(name.replace(":", "-"), raw, tokenizer, train, rest, sets["validation"])
+    return Subject(raw, tokenizer, train, sets["validation"], name.replace(":", "-"), rest)
 
 
 def _fives(ids: Sequence[int]) -> list[tuple[int, ...]]:
@@ -209,7 +193,7 @@ def arguments_of(seed: int, folder: Path, **options: Any) -> dict[str, Any]:
 def scores(trainer: Trainer, subject: Subject) -> dict[str, Any]:
     """Evaluates what a trainer has trained on the dev set and on what was held back: every size of a palette."""
     found = {}
-    for name, rows in (("dev", subject.dev), ("held_back", subject.held_back)):
+    for name, rows in (("dev", subject.validation), ("held_back", subject.held_back)):
         metrics = trainer.evaluate(rows)
         if isinstance(trainer, MLFSTrainer):
             found[name] = {row["subnet"]: _score(row) for row in trainer.results(metrics)}

@@ -62,8 +62,7 @@ def _data_to_read(recorded: DataArguments, given: DataArguments | None) -> DataA
     """Returns what was recorded in training, with what `given` says otherwise."""
     settings = asdict(recorded)
     if given is not None:
-        defaults = asdict(DataArguments())
-        named = {name: value for name, value in asdict(given).items() if value != defaults[name]}
+        named = given.named()
         if "validation_file" in named or "dataset_name" in named:
             settings |= {"train_file": None, "validation_file": None, "dataset_name": None}
         settings |= named

@@ -76,8 +76,7 @@ def finish(
 
 def _data_to_read(run: Path, recorded: DataArguments, given: DataArguments | None) -> DataArguments:
     """Returns what to train and validate on: what was recorded in training, with what `given` says otherwise."""
-    settings, defaults = asdict(recorded), asdict(DataArguments())
-    named = {name: value for name, value in asdict(given or DataArguments()).items() if value != defaults[name]}
+    settings, named = asdict(recorded), given.named() if given is not None else {}
     if "train_file" in named:
         settings |= {"dataset_name": None, "dataset_config_name": None, "validation_split": None}
     if "dataset_name" in named:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mlfs.errors import MLFSError
 
@@ -83,3 +84,8 @@ class DataArguments:
                 raise MLFSError(f"--{name} is {value}; give a number of at least 1, or leave it out")
         if not 0 <= self.validation_fraction < 1:
             raise MLFSError(f"--validation_fraction is {self.validation_fraction}; give a share from 0 up to 1")
+
+    def named(self) -> dict[str, Any]:
+        """Collects the options that are not at their defaults."""
+        defaults = asdict(DataArguments())
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}

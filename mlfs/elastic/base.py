@@ -195,6 +195,11 @@ class Elastic(Guarded):
         return asked
 
 
+def wants_gradient(parameter: Tensor) -> bool:
+    """Tells whether a gradient of a parameter is made now: it trains, and gradients are recorded."""
+    return parameter.requires_grad and torch.is_grad_enabled()
+
+
 def _without_parameters(module: nn.Module) -> nn.Module:
     template = copy.copy(module)
     template._parameters = {}

@@ -1,9 +1,8 @@
 """An embedding table whose leading columns are read."""
 
-import torch
 from torch import Tensor, nn
 
-from mlfs.elastic.base import Axes, Elastic, OutputPart
+from mlfs.elastic.base import Axes, Elastic, OutputPart, wants_gradient
 from mlfs.errors import MLFSError
 from mlfs.space.dimensions import LayerSizes
 
@@ -36,7 +35,7 @@ class ElasticEmbedding(Elastic):
             MLFSError: more features than the table has.
         """
         width, weight = self._size(features, self.embedding_dim, "features"), self.own_weight
-        if weight.requires_grad and torch.is_grad_enabled():
+        if wants_gradient(weight):
             # cut afterwards: the gradient of a cut table is copied into one of the full width (MiniLM: 40 ms, not 7)
             return nn.functional.embedding(ids, weight, self.padding_idx)[..., :width]
         return nn.functional.embedding(ids, weight[:, :width], self.padding_idx)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlfs.elastic.base import Axes, Elastic, OutputPart
+from mlfs.elastic.base import Axes, Elastic, OutputPart, wants_gradient
 from mlfs.elastic.scope import Scope
 from mlfs.elastic.source import check_source
 from mlfs.errors import MLFSError
@@ -128,7 +128,7 @@ class ElasticLinear(Elastic):
             return finish(self._apply_to_rows(x, row_sizes), epilogue)
         weight: Any = self._own("weight")
         layer = self._read(weight, self.spans(out_features))
-        return apply_linear(x, layer, epilogue, trains_base=weight.requires_grad and torch.is_grad_enabled())
+        return apply_linear(x, layer, epilogue, trains_base=wants_gradient(weight))
 
     def followed_by(
         self, x: Tensor, activation: str = "none", operand: Tensor | None = None, residual: Tensor | None = None
@@ -146,7 +146,7 @@ class ElasticLinear(Elastic):
     def _apply_to_rows(self, x: Tensor, row_sizes: RowSizes) -> Tensor:
         """Applies the layer to x (rows, ..., N), each row at sizes of its own: (rows, ..., M), zeros off a row's m."""
         grouped = grouped_sliced_linear
-        if self.own_weight.requires_grad and torch.is_grad_enabled():
+        if wants_gradient(self.own_weight):
             grouped = grouped_sliced_linear_reference
         flat = x.reshape(-1, x.shape[-1])  # (rows · tokens, N)
         layer = self._read(self.own_weight, [0, self.out_features])
@@ -174,7 +174,7 @@ class ElasticLinear(Elastic):
         weight = self.own_weight
         if have_hooks(self):
             return None
-        if (weight.requires_grad and torch.is_grad_enabled()) or self._row_sizes() is not None:
+        if wants_gradient(weight) or self._row_sizes() is not None:
             return None
         return self._read(weight, self.spans())
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.linear import ElasticLinear
-from mlfs.elastic.norm import ElasticNorm
 from mlfs.errors import MLFSError
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, Fingerprint
 from mlfs.supernet.permutation import LAYERS, Permutation
@@ -122,9 +121,8 @@ class Record(nn.Module):
         permutation = supernet.permutation
         moved = any(order != sorted(order) for axis, order in permutation.items() if axis != LAYERS)
         moved = moved or supernet.rotation is not None
-        changed = moved or any(isinstance(m, ElasticNorm) and m.owned for m in supernet.elastic())
         hashes = supernet._fingerprint or {}
-        if not changed and hashes.keys().isdisjoint(supernet.new_parameters):
+        if not moved and hashes.keys().isdisjoint(owned | supernet.new_parameters):
             hashes = {}
         unknown = ["0" * 16] * len(FINGERPRINT_DTYPES)
         ownership, rows = [], []

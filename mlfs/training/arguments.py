@@ -17,7 +17,6 @@ from mlfs.training.refused import check_options
 from mlfs.training.sampling import SAMPLINGS
 
 BY_SIZE = -1.0  # as a number of passes: by the number of examples
-TEACHERS = ("frozen", "maxnet")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -162,7 +161,6 @@ class MLFSArguments(TrainingArguments):
                 raise MLFSError(f"{name}={values}: expected one value, or one for each of the stages {stages}")
             if any(value <= 0 for value in values):
                 raise MLFSError(f"{name}={values}: expected positive values")
-
         if not set(self.train_base) <= set(stages):
             raise MLFSError(f"train_base={self.train_base}: expected some of the stages that train, {stages}")
 
@@ -174,15 +172,13 @@ class MLFSArguments(TrainingArguments):
             raise MLFSError(f"gamma={self.gamma}: expected >= 0")
         if not 0 <= self.distill_alpha <= 1:
             raise MLFSError(f"distill_alpha={self.distill_alpha}: expected 0 to 1")
-        for name in ("subnet_rate_factor", "base_learning_rate"):
+        for name in ("subnet_rate_factor", "base_learning_rate", "temperature"):
             if getattr(self, name) <= 0:
                 raise MLFSError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.num_train_epochs < 0 and self.num_train_epochs != BY_SIZE:
             raise MLFSError(
                 f"num_train_epochs={self.num_train_epochs}: expected 0 or more, or -1 for a default by size"
             )
-        if self.temperature <= 0:
-            raise MLFSError(f"temperature={self.temperature}: expected a positive number")
 
     def _check_choices(self) -> None:
         choices: dict[str, Iterable[str]] = {
@@ -192,7 +188,7 @@ class MLFSArguments(TrainingArguments):
             "gamma_normalization": ("weights", "count", "none"),
             "stop_ends": ("run", "stage"),
             "projection": ("fixed", "learned"),
-            "teacher": TEACHERS,
+            "teacher": ("frozen", "maxnet"),
             "order_layers": LAYER_METHODS,
             "order": ("gradient", "activation", "magnitude", "rotation", "none"),
         }

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from torch import Tensor
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -59,6 +60,11 @@ def check_numbers(args: MLFSArguments) -> None:
                 raise MLFSError(f"{field.name} is {number}: expected at least {_LOWEST[field.name]}")
             if field.name in _SEEDS and number >= 2**32:
                 raise MLFSError(f"{field.name} is {number}: expected less than 2**32")
+
+
+def not_finite(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Names the first of some parameters that holds NaN or infinity; None if none does."""
+    return next((name for name, parameter in parameters if not parameter.detach().isfinite().all()), None)
 
 
 def check_setup(args: MLFSArguments) -> None:

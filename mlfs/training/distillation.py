@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.errors import MLFSError
+from mlfs.models.configuration import has_final_norm
 from mlfs.ops.distill import feature_distance
+from mlfs.supernet.model import SuperTransformer
 
 
 class HiddenStateDistance(nn.Module):
@@ -122,6 +124,25 @@ class HiddenStateDistance(nn.Module):
         layer = kept[i]
         ends_early = i == len(kept) - 1 and layer != self.layers - 1
         return bool(self.betas[layer]) and not (self.final_norm and ends_early)
+
+
+def distance_of(supernet: SuperTransformer, args: Any, learned: bool = False) -> HiddenStateDistance:
+    """Makes the distance between the hidden states of a super-transformer's sizes, where its model is.
+
+    Args:
+        args: the MLFSArguments.
+        learned: whether its projections train.
+    """
+    dims = supernet.dimensions
+    return HiddenStateDistance(
+        dims.hidden,
+        dims.layers,
+        args.distill_beta,
+        args.projection_size,
+        learned=learned,
+        seed=args.seed,
+        final_norm=has_final_norm(supernet.family),
+    ).to(supernet.model.device)
 
 
 def _without_padding(states: Tensor, attention_mask: Tensor | None) -> Tensor:

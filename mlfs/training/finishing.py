@@ -8,12 +8,12 @@ from torch import nn
 from transformers import Trainer
 
 from mlfs.errors import MLFSError
-from mlfs.models.configuration import has_final_norm
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import BY_SIZE, MLFSArguments
 from mlfs.training.batch import Batch, accumulation_of
-from mlfs.training.distillation import HiddenStateDistance, detached
+from mlfs.training.checks import not_finite
+from mlfs.training.distillation import detached, distance_of
 from mlfs.training.execution import without_dropout
 from mlfs.training.inputs import without_labels
 from mlfs.training.losses import SubnetLoss
@@ -48,20 +48,12 @@ class FinishingTrainer(Trainer):
             args.num_train_epochs = 1.0
         self.small = supernet.extract(subnet).requires_grad_(True)
         super().__init__(model=self.small, args=args, **kwargs)
-        task, dims = task_of(self.small), supernet.dimensions
+        task = task_of(self.small)
         if not task.divides_by_items:
             self.model_accepts_loss_kwargs = False
         self.supernet, self.subnet = supernet, subnet
         supernet.to(self.args.device)
-        distance = HiddenStateDistance(
-            dims.hidden,
-            dims.layers,
-            args.distill_beta,
-            args.projection_size,
-            seed=args.seed,
-            final_norm=has_final_norm(supernet.family),
-        ).to(self.args.device)
-        self.subnet_loss = SubnetLoss(task, distance, args.distill_alpha, args.temperature)
+        self.subnet_loss = SubnetLoss(task, distance_of(supernet, args), args.distill_alpha, args.temperature)
         self.layers = supernet.kept_layers(subnet)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +68,7 @@ class FinishingTrainer(Trainer):
             output = super().train(*args, **kwargs)
         finally:
             self.supernet.merge_stages(merged)
-        if faulty := next((name for name, p in self.small.named_parameters() if not p.isfinite().all()), None):
+        if faulty := not_finite(self.small.named_parameters()):
             raise MLFSError(f"the weight {faulty} became NaN or infinite: train with a lower learning rate")
         return output
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from mlfs.errors import MLFSError
+from mlfs.training.checks import not_finite
 from mlfs.training.file_list import what_is_wrong, write_list
 from mlfs.training.runs import last_checkpoint
 from mlfs.training.step import SubnetTrainer
@@ -55,8 +56,7 @@ class SavingTrainer(SubnetTrainer):
 
     def _check_weights(self) -> None:
         """Stops the run before weights are saved that are NaN or infinite: what is saved, a run can go on from."""
-        parameters = self.supernet.own_parameters()
-        if faulty := next((name for name, p in parameters.items() if not p.detach().isfinite().all()), None):
+        if faulty := not_finite(self.supernet.own_parameters().items()):
             raise self._not_finite(f"the weight {faulty}", self.state.global_step, "and is not saved")
 
     def _list_files(self, checkpoint: Path) -> None:

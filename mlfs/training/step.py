@@ -13,13 +13,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticLayerNorm
 from mlfs.errors import MLFSError
-from mlfs.models.configuration import has_final_norm
 from mlfs.models.fused.lm_head import vocabulary_head
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.model import SuperTransformer
 from mlfs.training.arguments import MLFSArguments
 from mlfs.training.batch import Accumulation, Batch, accumulation_of
-from mlfs.training.distillation import HiddenStateDistance
+from mlfs.training.distillation import distance_of
 from mlfs.training.distributed import average_gradients, without_sync
 from mlfs.training.evaluation import PaletteTrainer
 from mlfs.training.execution import EXECUTIONS, Execution, one_by_one, without_dropout
@@ -42,16 +41,7 @@ class SubnetTrainer(PaletteTrainer):
 
     def __init__(self, supernet: SuperTransformer, args: MLFSArguments, **kwargs: Any) -> None:
         super().__init__(supernet, args, **kwargs)
-        dims = supernet.dimensions
-        self.distance = HiddenStateDistance(
-            dims.hidden,
-            dims.layers,
-            args.distill_beta,
-            args.projection_size,
-            learned=args.projection == "learned",
-            seed=args.seed,
-            final_norm=has_final_norm(supernet.family),
-        ).to(supernet.model.device)
+        self.distance = distance_of(supernet, args, learned=args.projection == "learned")
         processes = self.accelerator.num_processes
         self.subnet_loss = SubnetLoss(self.task, self.distance, args.distill_alpha, args.temperature, processes)
         self.means = RunningMeans()
