@@ -39,6 +39,7 @@ from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
 from mlfs.report.table import table
+from mlfs.training.runs import is_saved
 from mlfs.training.teacher import FrozenTeacher
 
 RESULTS = ROOT / "bench" / "results" / "training.json"
@@ -305,8 +306,8 @@ def time_steps(subject: Subject, name: str, seed: int, steps: int = 12) -> dict[
 def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any]) -> SuperTransformer:
     """Makes a super-transformer whose base is a teacher."""
     folder = _teacher_folder(subject, name, seed)
-    if not folder.exists():
-        raise SystemExit(f"no teacher {name!r} of seed {seed}: run --only teachers --teachers {name} first")
+    if not is_saved(folder):  # it was recorded on another machine
+        train_teacher(subject, name, seed)
     saved = SuperTransformer.from_pretrained(folder, subject.model())
     set_seed(seed)
     whole = saved.extract(saved.space.max)
