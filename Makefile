@@ -54,7 +54,7 @@ bench-training: $(STAMP) ## compare ways of training a palette with sizes traine
 	$(BIN)/python -m bench.quality.training $(ARGS)
 
 results: $(STAMP) ## print the tables of recorded results, and draw the pictures of docs/ from them
-	for bench in palette slices training decoder; do $(BIN)/python -m bench.quality.$$bench --table; done
+	for bench in palette slices training cost decoder; do $(BIN)/python -m bench.quality.$$bench --table; done
 	$(BIN)/python docs/figures.py
 
 bench-static: $(STAMP) ## compile the kernels for five GPUs and read their machine code

@@ -14,6 +14,7 @@ from matplotlib.path import Path as Line
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "bench" / "results" / "palette_quality.json"
 TRAINING = RESULTS.with_name("training.json")
+COST = RESULTS.with_name("cost.json")
 BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#dfe7f0"
 
 
@@ -25,6 +26,8 @@ def main() -> None:
     if RESULTS.exists() and TRAINING.exists():
         parameters = json.loads(RESULTS.read_text())["parameters"]
         training(json.loads(TRAINING.read_text())["SST-2"], parameters, HERE / "training.png")
+    if COST.exists():
+        cost(json.loads(COST.read_text()), HERE / "cost.png")
 
 
 def palette(result: dict[str, Any], path: Path) -> None:
@@ -77,6 +80,26 @@ def training(result: dict[str, Any], parameters: dict[str, int], path: Path) -> 
     axes.set(xlabel="parameters (millions)", ylabel="SST-2 dev accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def cost(result: dict[str, Any], path: Path) -> None:
+    """Time and bytes of a palette, the same for any number of sizes, beside those of sizes trained alone."""
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    sizes, steps = result["sizes"], 500
+    counts = range(1, len(sizes) + 1)
+    for axes, what, unit, label in (
+        (both[0], "milliseconds", 60_000 / steps, "minutes of training (500 steps each)"),
+        (both[1], "disk", 1e6, "megabytes on disk"),
+    ):
+        sums = [sum(result[what][size] for size in sizes[:n]) / unit for n in counts]
+        axes.plot(counts, sums, color=ORANGE, label="each size alone, all weights")
+        for name, color, style in (("all weights", BLUE, "-"), ("adapters", GREY, "--")):
+            axes.axhline(result[what][name] / unit, color=color, linestyle=style, label=f"one run, {name}")
+        axes.set(xlabel="sizes", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    both[0].legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

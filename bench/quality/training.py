@@ -3,7 +3,6 @@
     python -m bench.quality.training --only teachers                  the whole model, fine-tuned: stage 0
     python -m bench.quality.training --only palettes --variants 'all weights'
     python -m bench.quality.training --only twins                     the strong alternative: one size a run
-    python -m bench.quality.training --only cost                      seconds a step, of a palette and of the twins
     python -m bench.quality.training --table                          prints the recorded results
 
 MiniLM on 16,000 sentences of SST-2, or all of another task's examples. Teachers are fine-tuned once for each seed, and
@@ -39,8 +38,7 @@ from mlfs.data.tokens import tokenize
 from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
 from mlfs.report.table import table
-from mlfs.training.runs import is_saved
-from mlfs.training.teacher import FrozenTeacher
+from mlfs.supernet.checkpoint import CONFIG_NAME
 
 RESULTS = ROOT / "bench" / "results" / "training.json"
 GLUE = ROOT.parent / "shared" / "data" / "glue"
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="SST-2", help="a folder of --data; SST-2:2000 takes so many examples")
     parser.add_argument("--data", type=Path, default=GLUE)
-    parser.add_argument("--only", choices=["teachers", "palettes", "twins", "cost"], help="one kind of run")
+    parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
     parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
     parser.add_argument(
         "--variants", nargs="+", default=["adapters", "all weights"], help=f"of {'; '.join(VARIANTS)}; or JSON"
@@ -113,9 +111,6 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
         if given.only in (None, "palettes"):
             for name in given.variants:
                 once("palettes", name, seed, lambda name=name, seed=seed: train_palette(subject, name, seed))
-        if given.only in (None, "cost"):
-            for name in given.variants:
-                once("cost", name, seed, lambda name=name, seed=seed: time_steps(subject, name, seed))
         if given.only in (None, "twins"):
             for rate in given.rates:
                 for size in given.sizes:
@@ -270,43 +265,10 @@ def twin_trainer(subject: Subject, size: int, rate: float, seed: int) -> Trainer
     return trainer
 
 
-def time_steps(subject: Subject, name: str, seed: int, steps: int = 12) -> dict[str, Any]:
-    """Times steps of a palette in its last stage and of every twin, alternately, on the same batches of the data.
-
-    Returns:
-        The median milliseconds of each, and the palette's time over that of all twins for as many steps.
-    """
-    palette, _ = palette_trainer(subject, name, seed)
-    palette.stage = 2
-    if palette.args.teacher == "frozen":
-        palette.teach_with(FrozenTeacher(palette.supernet))
-    palette._let_train()
-    trainers: dict[str, Any] = {"palette": palette}
-    trainers |= {str(SUBNETS[size]): twin_trainer(subject, size, 3e-4, seed) for size in range(len(SUBNETS))}
-    batches = [batch for batch, _ in zip(palette.get_train_dataloader(), range(steps), strict=False)]
-    taken: dict[str, list[float]] = {key: [] for key in trainers}
-    for trainer in trainers.values():
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-    for number, batch in enumerate(batches):
-        palette.state.global_step = number  # other sizes are drawn at each
-        for key, trainer in trainers.items():
-            start = time.perf_counter()
-            trainer.training_step(trainer.model, dict(batch))
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-            taken[key].append(1e3 * (time.perf_counter() - start))
-    medians = {key: float(np.median(times[2:])) for key, times in taken.items()}
-    # the palette's steps are of different sizes: their mean counts
-    medians["palette"] = float(np.mean(taken["palette"][2:]))
-    twins = sum(value for key, value in medians.items() if key != "palette")
-    return {"milliseconds": medians, "ratio": medians["palette"] / twins}
-
-
 def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any]) -> SuperTransformer:
     """Makes a super-transformer whose base is a teacher."""
     folder = _teacher_folder(subject, name, seed)
-    if not is_saved(folder):  # it was recorded on another machine
+    if not (folder / CONFIG_NAME).is_file():  # it was recorded on another machine
         train_teacher(subject, name, seed)
     saved = SuperTransformer.from_pretrained(folder, subject.model())
     set_seed(seed)
@@ -331,21 +293,10 @@ def show(recorded: dict[str, Any]) -> str:
         for measured in ("dev", "held_back"):
             rows = []
             for kind, runs in kinds.items():
-                if kind == "cost":
-                    continue
                 for name, seeds in runs.items():
                     rows.append({"run": f"{kind[:-1]}: {name}", **_means(list(seeds.values()), measured)})
             parts.append(f"{task}, {measured}\n{table(rows)}")
-        for name, seeds in kinds.get("cost", {}).items():
-            for found in seeds.values():
-                parts.append(f"{task}, milliseconds a step of {name}: {_milliseconds(found)}")
     return "\n\n".join(parts)
-
-
-def _milliseconds(found: dict[str, Any]) -> str:
-    """Spells the times of steps out."""
-    each = ", ".join(f"{key} {value:.0f}" for key, value in found["milliseconds"].items())
-    return f"{each}; the palette takes {found['ratio']:.2f} of the twins' time ({found['environment']['machine']})"
 
 
 def _means(runs: list[dict[str, Any]], measured: str) -> dict[str, str]:
