@@ -12,9 +12,11 @@ import torch
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100")
+# Each takes some 50 s: one of each vendor in `make test`, whose kernels differ most, all in `make soak`.
+QUICK = ("sm90", "gfx1100")
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a in QUICK else pytest.mark.soak) for a in ARCHITECTURES])
 def test_kernels_fit_spill_nothing_and_have_the_main_loop_of_a_plain_product(arch, tmp_path):
     """In a process of its own: here the kernels were imported for Triton's interpreter."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
