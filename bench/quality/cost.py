@@ -138,7 +138,9 @@ def seconds_of_step(trainer: Any, batch: dict[str, Any]) -> float:
 
 
 def bytes_of(model: Any) -> int:
-    """Weighs what is saved: of a palette its run's state, of a plain model its checkpoint."""
+    """Weighs what is kept: of a palette what its run saves, of a plain model its parameters."""
+    if not isinstance(model, SuperTransformer):
+        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
