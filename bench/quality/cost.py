@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 from transformers import Trainer, TrainingArguments, set_seed
 
 from bench.environment import ROOT, environment
+from bench.memory import peak_memory
 from bench.quality.palette import SPACE, SUBNETS, Distilled
 from bench.quality.training import GLUE, PLAIN, RUNS, VARIANTS, Subject, arguments_of, load
 from mlfs import MLFSArguments, MLFSTrainer, Subnet, SuperTransformer
@@ -42,6 +42,7 @@ AT_ONCE = 8  # models that are held at once
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=GLUE)
+    parser.add_argument("--only", choices=PARTS, help="measure one part")
     parser.add_argument("--sizes", type=int, default=MOST, help="how many are trained alone (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -51,17 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.peak is not None:
         print(peak_of(given.peak, load(given.data / "SST-2", "SST-2"), given.seed))
         return
-    if not given.table:
+    for part in [] if given.table else [given.only] if given.only else PARTS:
         origin = environment(given.seed)
-        write_json(given.output, measure(given) | {"environment": origin})
+        found = PARTS[part](given)
+        recorded = json.loads(given.output.read_text()) if given.output.exists() else {}
+        environments = {**recorded.get("environments", {}), part: origin}
+        write_json(given.output, {**recorded, **found, "environments": environments})
     print(show(json.loads(given.output.read_text())) if given.output.exists() else "not measured yet")
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Times steps of palettes and of models trained alone in turns; then weighs what each keeps in memory and on disk.
+def measure_steps(given: argparse.Namespace) -> dict[str, Any]:
+    """Times steps of palettes and of models trained alone in turns, and weighs what each keeps on disk.
 
     Returns:
-        `milliseconds` a step, `disk` bytes and `peak` bytes, each of palettes by name and of sizes.
+        `sizes`; `milliseconds` a step and `disk` bytes, each of palettes by name and of sizes.
     """
     subject, sizes = load(given.data / "SST-2", "SST-2"), sizes_of(given.sizes, given.seed)
     palettes: dict[str, Any] = {name: palette_trainer(name, subject, given.seed) for name in PALETTES}
@@ -82,8 +86,15 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             times += taken[name][UNTIMED:]
     # steps of a palette are of different sizes: their mean counts
     milliseconds |= {name: float(np.mean(times)) for name, times in of_palettes.items()}
-    peak = {name: _peak_elsewhere(name, given) for name in (*PALETTES, str(sizes[0]), str(SPACE.min))}
-    return {"sizes": [str(size) for size in sizes], "milliseconds": milliseconds, "disk": disk, "peak": peak}
+    return {"sizes": [str(size) for size in sizes], "milliseconds": milliseconds, "disk": disk}
+
+
+def measure_memory(given: argparse.Namespace) -> dict[str, Any]:
+    """Finds the `peak` bytes in training, of palettes by name and of the largest and the smallest size."""
+    return {"peak": {name: _peak_elsewhere(name, given) for name in (*PALETTES, str(SPACE.max), str(SPACE.min))}}
+
+
+PARTS = {"steps": measure_steps, "memory": measure_memory}
 
 
 def sizes_of(count: int, seed: int) -> list[Subnet]:
@@ -155,7 +166,7 @@ def peak_of(name: str, subject: Subject, seed: int) -> int:
     for batch, number in zip(trainer.get_train_dataloader(), range(STEPS), strict=False):
         trainer.state.global_step = number
         seconds_of_step(trainer, batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def _peak_elsewhere(name: str, given: argparse.Namespace) -> int:
@@ -193,8 +204,9 @@ def show(result: dict[str, Any]) -> str:
             f"{name}: {result['milliseconds'][name]:.0f} ms a step, {result['disk'][name] / 1e6:.1f} MB; "
             f"less time from {time_from} sizes on, fewer bytes from {disk_from}"
         )
-    lines.append("peak memory, GB: " + ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in result["peak"].items()))
-    origin = result["environment"]
+    peaks = [f"{name} {peak / 1e9:.2f}" for name, peak in result.get("peak", {}).items()]
+    lines.append(f"peak memory, GB: {', '.join(peaks)}")
+    origin = result["environments"]["steps"]
     lines.append(f"{origin['cores']} cores, {origin['machine']}, torch {origin['torch']}, mlfs {origin['commit'][:12]}")
     return "\n".join(lines)
 

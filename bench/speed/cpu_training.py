@@ -1,11 +1,9 @@
 """Training parts of `bench.speed.cpu_step`: time of a step, its peak memory, and how both grow."""
 
-import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from bench.memory import peak_memory
 from bench.speed.cpu_models import (
     DECODER_SUBNETS,
     ENCODER_SUBNETS,
@@ -83,7 +82,7 @@ def peak_of(variant: str) -> int:
     batch = encoder_batch()
     if variant == "nothing":
         load("encoder")
-        return _peak()
+        return peak_memory() // 1024
     if variant == "mlfs":
         step = mlfs_step(supernet_of("encoder"), ENCODER_SUBNETS, batch)
     else:
@@ -91,7 +90,7 @@ def peak_of(variant: str) -> int:
         step = peft_step(load("encoder"), teacher, batch, causal=False)
     step()
     step()
-    return _peak()
+    return peak_memory() // 1024
 
 
 def mlfs_step(supernet: SuperTransformer, subnets: tuple[Subnet, ...], batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -204,10 +203,3 @@ def _flops_per_token(supernet: SuperTransformer, subnet: Subnet) -> int:
         passes = 1 if name.startswith(first_layer) and name.endswith(projections) else 2
         total += 2 * rows * columns * passes
     return total
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts what the process was forked from, too
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
