@@ -49,6 +49,8 @@ TRAINED = {"SST-2": 16_000}  # of all there are, where not all
 # What variants change, of `MLFSArguments`: the method without what was found to help it.
 PLAIN: dict[str, Any] = {"learning_rate": 1e-3, "teacher": "maxnet", "subnet_rate_factor": 1.0, "warmup_steps": 0}
 FROZEN: dict[str, Any] = {"teacher": "frozen", "warmup_steps": 0.1}
+ONE_STAGE: dict[str, Any] = {"stages_to_train": [2], "stage_epochs": [1.0]}
+BESIDE: dict[str, Any] = {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3, "base_learning_rate": 3e-4}
 # For stage 0.
 TEACHERS: dict[str, dict[str, Any]] = {
     "adapters": {},
@@ -59,13 +61,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters": {**FROZEN, "learning_rate": 3e-3},
     "adapters, lr 1e-3": {"teacher": "frozen"},
     "adapters, rank 32": {**FROZEN, "learning_rate": 3e-3, "rank": 32, "lora_alpha": 32},
+    "adapters, one stage": {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3},
+    "adapters and norms, one stage": {**BESIDE, "train_norms": True},
+    "adapters and embeddings, one stage": {**BESIDE, "train_embeddings": True},
+    "adapters, norms and embeddings, one stage": {**BESIDE, "train_norms": True, "train_embeddings": True},
     "adapters, maxnet teaches": {"warmup_steps": 0.1, "learning_rate": 3e-3},
     "adapters, maxnet teaches, lr 1e-3": {},
     "all weights": {**FROZEN, "train_base": [1, 2], "base_learning_rate": 2e-4},
     "all weights, lr 4e-4": {**FROZEN, "train_base": [1, 2], "base_learning_rate": 4e-4},
-    "all weights, one stage": {
-        **FROZEN, "train_base": [2], "base_learning_rate": 3e-4, "stages_to_train": [2], "stage_epochs": [1.0],
-    },
+    "all weights, one stage": {**FROZEN, **ONE_STAGE, "train_base": [2], "base_learning_rate": 3e-4},
     "all weights, maxnet teaches": {"train_base": [1, 2], "base_learning_rate": 2e-4, "warmup_steps": 0.1},
     "all weights, maxnet teaches, lr 1e-4": {"train_base": [1, 2], "base_learning_rate": 1e-4},
 }  # fmt: skip

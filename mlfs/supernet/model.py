@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
+from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.linear import ElasticLinear, train_stage
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.elastic.scope import Scope
@@ -227,14 +228,16 @@ class SuperTransformer(Ordered):
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
-    def train_stage(self, stage: int | None, head: bool = True, norms: bool = False, base: bool = False) -> None:
-        """Lets only the adapters of `stage` train (None: of no stage), and the task head and norms as asked.
+    def train_stage(
+        self, stage: int | None, head: bool = True, norms: bool = False, base: bool = False, embeddings: bool = False
+    ) -> None:
+        """Lets only the adapters of `stage` train (None: of no stage); the task head, norms and embeddings as asked.
 
-        With the head trains what loading the base drew at random, as a pooler that its checkpoint does not have.
+        With the head trains what loading the base drew at random, as a pooler that its checkpoint does not have. What
+        of the base trains belongs to the run from then on, and is saved with it.
 
         Args:
-            base: whether all weights of the model train instead of the adapters. From then on they belong to the run,
-                whose folder has them whole.
+            base: whether all weights of the model train instead of the adapters.
 
         Raises:
             MLFSError: there is no such stage; or the base trains while stages are merged into a copy of it.
@@ -243,15 +246,16 @@ class SuperTransformer(Ordered):
             raise MLFSError(f"stage={stage}: this super-transformer has stages 0 to {self.stages - 1}")
         if base and self.merged_stages:
             raise MLFSError("stages are merged into a copy of the base, which would not train: merge_stages(0) first")
-        if norms or base:
+        if norms or embeddings or base:
             self.fingerprint()  # of the base as it was loaded
         train_stage(self.model, None if base else stage)
         self.stage = stage
         self._train_base(base)
         for module in self.elastic():
-            if isinstance(module, ElasticNorm) and not base:
-                module.train_base(norms)
-                module.owned |= norms
+            if isinstance(module, (ElasticNorm, ElasticEmbedding)) and not base:
+                trains = norms if isinstance(module, ElasticNorm) else embeddings
+                module.train_base(trains)
+                module.owned |= trains
             elif module.is_head:
                 module.train_base(head)
         self._train_drawn(head or base)

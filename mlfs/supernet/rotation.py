@@ -79,6 +79,13 @@ def check_rotatable(supernet: Any) -> None:
             f"{trained[0]} trains, or has trained, and to rotate the residual stream folds the weights of norms away: "
             "rotate before norms train, or leave them frozen (train_norms)"
         )
+    tied = {id(head.own_weight) for head in tied_heads(supernet).values()}
+    modules = dict(supernet.model.named_modules())
+    if trained := [name for name in supernet.owned_modules() if id(modules[name].own_weight) in tied]:
+        raise MLFSError(
+            f"{trained[0]} trains, or has trained, and to rotate the residual stream unties a head from it: rotate "
+            "before embeddings train, or leave them frozen (train_embeddings)"
+        )
 
 
 def check_rotation(matrix: Tensor, dims: Dimensions) -> None:

@@ -106,13 +106,18 @@ class MLFSArguments(TrainingArguments):
         "the whole batch. Not used with a loss of your own, or torch_compile.",
     )
     train_head: bool = _option(True, "Whether a new task head (classifier and the like) trains, in every stage.")
-    train_norms: bool = _option(False, "Whether the weights of the norms train too.")
+    train_norms: bool = _option(False, "Whether the weights of the norms train too, at base_learning_rate.")
+    train_embeddings: bool = _option(
+        False, "Whether the embeddings train too, at base_learning_rate. The run folder then holds them."
+    )
     train_base: list[int] = _option(
         [],
         "Stages in which all weights train instead of adapters: '0' for a fully fine-tuned teacher, '0 1 2' for all. "
         "The run folder then holds the whole model.",
     )
-    base_learning_rate: float = _option(1e-4, "Learning rate of stages in which all weights train.")
+    base_learning_rate: float = _option(
+        1e-4, "Learning rate of what trains of the base itself, at most that of adapters."
+    )
     order: str = _option(
         "gradient",
         "How units are ranked before they are first sliced: 'gradient', 'activation', 'magnitude' or 'none'; "
@@ -196,10 +201,12 @@ class MLFSArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in known:
                 raise MLFSError(f"{name}={value!r}: expected one of {', '.join(known)}")
-        if self.order == "rotation" and self.train_norms:
-            raise MLFSError(
-                "order='rotation' folds the weights of norms away, which train_norms trains: take one of both"
-            )
+        for name in ("train_norms", "train_embeddings"):
+            if self.order == "rotation" and getattr(self, name):
+                raise MLFSError(
+                    f"order='rotation' folds the weights of norms away, and unties heads from embeddings, which {name} "
+                    "trains: take one of both"
+                )
 
     def _check_palette(self) -> None:
         if self.palette is None:

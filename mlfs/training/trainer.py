@@ -33,6 +33,7 @@ from mlfs.training.arguments import BY_SIZE, MLFSArguments, passes_over
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
+from mlfs.training.rates import give_rate, pretrained_that_train
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.rotating import rotate_units
 from mlfs.training.runs import (
@@ -230,7 +231,7 @@ class MLFSTrainer(SavingTrainer):
         """Has the arguments say how long the stage is, and its learning rate."""
         args, stage = self.args, self.stage
         rate = args.base_learning_rate if stage in args.train_base else settings["learning_rate"]
-        rate *= args.subnet_rate_factor if stage > 0 else 1
+        rate *= self._rate_factor()
         args.learning_rate = args.of_stage("stage_learning_rates", stage, rate)
         args.num_train_epochs = args.of_stage("stage_epochs", stage, settings["num_train_epochs"])
         if args.num_train_epochs == BY_SIZE:
@@ -243,10 +244,13 @@ class MLFSTrainer(SavingTrainer):
         else:
             args.max_steps = settings["max_steps"]
 
+    def _rate_factor(self) -> float:
+        return self.args.subnet_rate_factor if self.stage > 0 else 1.0
+
     def _let_train(self) -> None:
         """Lets the stage's adapters (head, norms) train, and merges the stages before; or lets all weights train."""
         args, base = self.args, self.stage in self.args.train_base
-        self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base)
+        self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base, args.train_embeddings)
         self.supernet.merge_stages(self.stage if args.merge_stages and not base else 0)
         self.teach_with(self.teacher)
 
@@ -336,6 +340,9 @@ class MLFSTrainer(SavingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the Trainer's optimizer over what trains in this stage, learned projections included."""
         optimizer = super().create_optimizer(model)
+        if self.stage not in self.args.train_base:
+            rate = self.args.base_learning_rate * self._rate_factor()
+            give_rate(optimizer, pretrained_that_train(self.supernet), min(rate, self.args.learning_rate))
         projections = [parameter for parameter in self.distance.parameters() if parameter.requires_grad]
         if projections and self.stage > 0:
             optimizer.add_param_group({"params": projections, "weight_decay": 0.0})

@@ -91,12 +91,13 @@ def test_batches_without_labels_rank_by_activation(tmp_path: Path) -> None:
 def test_what_cannot_be_rotated_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(MLFSError, match="cannot be rotated: its LayerNorms"):
         trainer(tmp_path / "run", order="rotation")
-    with pytest.raises(MLFSError, match="take one of both"):
-        MLFSArguments(str(tmp_path), order="rotation", train_norms=True)
-    trained = SuperTransformer(make(*TIED), SPACE, rank=2)
-    trained.train_stage(0, norms=True)
-    with pytest.raises(MLFSError, match="or has trained"):
-        trainer(tmp_path / "run", supernet=trained, order="rotation")
+    for what in ("norms", "embeddings"):
+        with pytest.raises(MLFSError, match="take one of both"):
+            MLFSArguments(str(tmp_path), order="rotation", **{f"train_{what}": True})
+        trained = SuperTransformer(make(*TIED), SPACE, rank=2)
+        trained.train_stage(0, **{what: True})
+        with pytest.raises(MLFSError, match="or has trained"):
+            trainer(tmp_path / "run", supernet=trained, order="rotation")
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
