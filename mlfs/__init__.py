@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlfs.elastic.embedding import ElasticEmbedding as ElasticEmbedding
     from mlfs.elastic.linear import ElasticLinear as ElasticLinear
-    from mlfs.elastic.linear import train_stage as train_stage
     from mlfs.elastic.norm import ElasticLayerNorm as ElasticLayerNorm
     from mlfs.elastic.norm import ElasticRMSNorm as ElasticRMSNorm
+    from mlfs.elastic.staged import train_stage as train_stage
     from mlfs.errors import MLFSError as MLFSError
     from mlfs.models.fused.padding import without_padding as without_padding
     from mlfs.space.search_space import SearchSpace as SearchSpace

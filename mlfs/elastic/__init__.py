@@ -7,8 +7,9 @@ model and binds them to its subnets.
 
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.embedding import ElasticEmbedding
-from mlfs.elastic.linear import ElasticLinear, train_stage
+from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticLayerNorm, ElasticNorm, ElasticRMSNorm
+from mlfs.elastic.staged import train_stage
 
 __all__ = [
     "Elastic",

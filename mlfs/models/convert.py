@@ -14,6 +14,7 @@ from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticLayerNorm, ElasticRMSNorm
 from mlfs.elastic.scope import Scope
 from mlfs.elastic.source import why_not_plain
+from mlfs.elastic.staged import Staged
 from mlfs.errors import MLFSError
 from mlfs.models.families.spec import Embedding, Family, Fixed, LayerNorm, Linear, Module, RMSNorm, SelfAttention
 from mlfs.models.follow import Forward, follow
@@ -209,7 +210,7 @@ def _freeze_the_base(model: PreTrainedModel, elastic: dict[str, Elastic]) -> Non
 
 def _train_the_first_stage(elastic: dict[str, Elastic]) -> None:
     for module in elastic.values():
-        if isinstance(module, ElasticLinear) and module.stages:
+        if isinstance(module, Staged) and module.stages:
             module.train_stage(0)
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
-from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.staged import Staged
 from mlfs.errors import MLFSError
 from mlfs.supernet.base import as_in_base, check_config, check_constants, config_as_loaded, constants
 from mlfs.supernet.checkpoint import SavedState
@@ -117,7 +117,7 @@ def load_parameters(supernet: Any, state: SavedState, place: object) -> None:
     for name, module in supernet.model.named_modules():
         if isinstance(module, Elastic):
             module.owned = name in state.owned
-            if isinstance(module, ElasticLinear):
+            if isinstance(module, Staged):
                 module.trained_stages = min(module.stages, state.trained_stages)
     names = {name for name, _ in supernet.model.named_parameters()}
     supernet.new_parameters = {name for name in state.owned if name in names}

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from mlfs.elastic.base import Elastic
 from mlfs.elastic.embedding import ElasticEmbedding
-from mlfs.elastic.linear import ElasticLinear, train_stage
+from mlfs.elastic.linear import ElasticLinear
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.elastic.scope import Scope
+from mlfs.elastic.staged import Staged, train_stage
 from mlfs.errors import MLFSError
 from mlfs.models.configuration import dimensions, is_exportable, nearest_exportable, why_not_exportable
 from mlfs.models.convert import AdapterOptions, make_elastic
@@ -289,7 +290,7 @@ class SuperTransformer(Ordered):
         if trains:
             self.new_parameters = self.new_parameters | base.keys()
             for module in self.elastic():
-                if isinstance(module, ElasticLinear):
+                if isinstance(module, Staged):
                     module.forget_idle_stages()
 
     def merge_stages(self, stages: int) -> None:
@@ -298,14 +299,14 @@ class SuperTransformer(Ordered):
         The base itself is not touched, and is what is saved. What was drawn at random and trains is read as it is.
         """
         for name, module in self.model.named_modules():
-            if isinstance(module, ElasticLinear) and module.stages:
+            if isinstance(module, Staged) and module.stages:
                 is_drawn = f"{name}.weight" in self.drawn_parameters and module.own_weight.requires_grad
                 module.merge_stages(0 if is_drawn else stages)
 
     @property
     def merged_stages(self) -> int:
         """How many stages are merged into the copy that is read now."""
-        return max((m.merged_stages for m in self.elastic() if isinstance(m, ElasticLinear)), default=0)
+        return max((m.merged_stages for m in self.elastic() if isinstance(m, Staged)), default=0)
 
     # ---- what is whose ----------------------------------------------------------------------------------------------
 
@@ -322,7 +323,7 @@ class SuperTransformer(Ordered):
         for name, module in self.model.named_modules():
             if not isinstance(module, Elastic):
                 continue
-            if isinstance(module, ElasticLinear):
+            if isinstance(module, Staged):
                 own |= {f"{name}.{key}": parameter for key, parameter in module.adapter_parameters()}
             if module.owned:
                 own |= _weight_and_bias(name, module)
@@ -332,7 +333,7 @@ class SuperTransformer(Ordered):
         """Collects the parameters that the base came with, but for task heads; each tied one once."""
         added = self.new_parameters | self.head_parameters()
         for name, module in self.model.named_modules():
-            if isinstance(module, ElasticLinear):
+            if isinstance(module, Staged):
                 added |= {f"{name}.{key}" for key, _ in module.adapter_parameters()}
         return {name: parameter for name, parameter in self.model.named_parameters() if name not in added}
 

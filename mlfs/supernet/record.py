@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mlfs.elastic.base import Elastic
-from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.staged import Staged
 from mlfs.errors import MLFSError
 from mlfs.supernet.fingerprint import FINGERPRINT_DTYPES, Fingerprint
 from mlfs.supernet.permutation import LAYERS, Permutation
@@ -175,7 +175,7 @@ class Record(nn.Module):
         """
         if self._is_busy:
             return
-        layers = [m for m in self._supernet.model.modules() if isinstance(m, ElasticLinear) and m.stages]
+        layers = [m for m in self._supernet.model.modules() if isinstance(m, Staged) and m.stages]
         found = _trained_stages(self._supernet)
         for stage in range(self._supernet.stages, found, -1):
             if any(_has_effect(layer.lora_B[stage - 1]) for layer in layers if stage <= layer.stages):
@@ -215,7 +215,7 @@ class Record(nn.Module):
         for name, module in supernet.model.named_modules():
             if isinstance(module, Elastic):
                 module.owned = _OWNED in (whose.get(f"{name}.weight"), whose.get(f"{name}.bias"))
-            if isinstance(module, ElasticLinear) and module.stages:
+            if isinstance(module, Staged) and module.stages:
                 module.trained_stages = max(trained, module.stages_begun())
         self._note()
 
@@ -379,7 +379,7 @@ def _names(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Lists the model's parameters but those of the stages, and tells for each tied name the first it is tied to."""
     stages = set()
     for name, module in model.named_modules():
-        if isinstance(module, ElasticLinear):
+        if isinstance(module, Staged):
             stages |= {f"{name}.{key}" for key, _ in module.adapter_parameters()}
     firsts: dict[int, str] = {}
     ties = {}
@@ -422,7 +422,7 @@ def _digest(value: Any) -> bytes:
 
 def _trained_stages(supernet: Any) -> int:
     modules = supernet.model.modules()
-    return max((module.trained_stages for module in modules if isinstance(module, ElasticLinear)), default=0)
+    return max((module.trained_stages for module in modules if isinstance(module, Staged)), default=0)
 
 
 def _orders(permutation: Permutation, axis: str, shape: Sequence[int]) -> list[Any]:

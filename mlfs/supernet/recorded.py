@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlfs.elastic.guard import Guarded
-from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.staged import Staged
 from mlfs.space.dimensions import LayerSizes
 from mlfs.space.subnet import Subnet
 from mlfs.supernet.base import as_in_base, changed_parameters
@@ -87,7 +87,7 @@ class Recorded(Guarded):
         """How many stages have ever trained; later ones have no effect yet."""
         look(self, effects=True)
         modules = cast(Any, self).model.modules()
-        return max((m.trained_stages for m in modules if isinstance(m, ElasticLinear)), default=0)
+        return max((m.trained_stages for m in modules if isinstance(m, Staged)), default=0)
 
     def fingerprint(self) -> Fingerprint:
         """Hashes each base parameter as it was loaded, in fp32, bf16 and fp16: once, before anything is reordered.

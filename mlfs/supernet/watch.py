@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mlfs.elastic.linear import ElasticLinear
+from mlfs.elastic.staged import Staged
 from mlfs.errors import MLFSError
 
 _WATCHED: MutableMapping[Any, int] = weakref.WeakKeyDictionary()  # the stage that no optimizer has moved yet
@@ -33,7 +33,7 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for supernet, stage in list(_WATCHED.items()):
-        layers = [layer for layer in supernet.modules() if isinstance(layer, ElasticLinear) and layer.stages]
+        layers = [layer for layer in supernet.modules() if isinstance(layer, Staged) and layer.stages]
         parts = {f"stage {s}": {i for layer in layers for i in _ids_of(layer, s)} for s in range(supernet.stages)}
         drawn = {id(supernet.model.get_parameter(name)) for name in supernet.drawn_parameters}
         parts["the base"] = {id(layer.own_weight) for layer in layers} - drawn  # which trains with the head
@@ -48,7 +48,7 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             )
 
 
-def _ids_of(layer: ElasticLinear, stage: int) -> set[int]:
+def _ids_of(layer: Staged, stage: int) -> set[int]:
     return {id(layer.lora_A[stage]), id(layer.lora_B[stage])}
 
 
