@@ -68,6 +68,7 @@ def test_the_rate_of_the_base_is_never_above_that_of_the_adapters(tmp_path: Path
     t._let_train()
     t.create_optimizer()
     assert rates_of(t) == {"norm": {1e-5}, "adapter": {1e-5}, "other": {1e-5}}
+    assert len(t.optimizer.param_groups) == 2  # as a Trainer makes them: with decay and without
 
 
 def test_what_all_weights_train_at_is_left_alone(tmp_path: Path) -> None:
