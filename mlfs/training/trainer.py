@@ -87,7 +87,9 @@ class MLFSTrainer(SavingTrainer):
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
         if not isinstance(model, SuperTransformer):
-            model = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
+            model = SuperTransformer(
+                model, space, rank=args.rank, alpha=args.lora_alpha, adapt_embeddings=args.adapt_embeddings
+            )
         if max(args.stages_to_train) >= model.stages:
             raise MLFSError(
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
