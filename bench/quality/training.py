@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters, rank 32": {**FROZEN, "learning_rate": 3e-3, "rank": 32, "lora_alpha": 32},
     "adapters, one stage": {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3},
     "adapters of embeddings too, one stage": {
-        **FROZEN, **ONE_STAGE, "learning_rate": 3e-3, "adapt_embeddings": True,
+        **BESIDE, "adapt_embeddings": True,
     },
     "adapters and norms, one stage": {**BESIDE, "train_norms": True},
     "adapters and embeddings, one stage": {**BESIDE, "train_embeddings": True},

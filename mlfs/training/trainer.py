@@ -33,7 +33,7 @@ from mlfs.training.arguments import BY_SIZE, MLFSArguments, passes_over
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
-from mlfs.training.rates import give_rate, pretrained_that_train
+from mlfs.training.rates import give_rate, slow_parameters
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.rotating import rotate_units
 from mlfs.training.runs import (
@@ -344,7 +344,7 @@ class MLFSTrainer(SavingTrainer):
         optimizer = super().create_optimizer(model)
         if self.stage not in self.args.train_base:
             rate = self.args.base_learning_rate * self._rate_factor()
-            give_rate(optimizer, pretrained_that_train(self.supernet), min(rate, self.args.learning_rate))
+            give_rate(optimizer, slow_parameters(self.supernet), min(rate, self.args.learning_rate))
         projections = [parameter for parameter in self.distance.parameters() if parameter.requires_grad]
         if projections and self.stage > 0:
             optimizer.add_param_group({"params": projections, "weight_decay": 0.0})

@@ -10,7 +10,7 @@ from torch import nn
 from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.norm import ElasticNorm
-from mlfs.training.rates import give_rate, pretrained_that_train
+from mlfs.training.rates import give_rate, slow_parameters
 from tests.tiny_models import make
 from tests.trainers import SPACE, assert_same, own, trainer
 
@@ -162,10 +162,10 @@ def test_groups_are_split_and_keep_what_they_say() -> None:
 
 def test_frozen_norms_and_embeddings_are_not_listed() -> None:
     supernet = SuperTransformer(make("bert", "ForSequenceClassification"), rank=2)
-    assert pretrained_that_train(supernet) == []
+    assert slow_parameters(supernet) == []
     supernet.train_stage(1, norms=True)
-    norms = len(pretrained_that_train(supernet))
+    norms = len(slow_parameters(supernet))
     supernet.train_stage(1, norms=True, embeddings=True)
-    assert norms and len(pretrained_that_train(supernet)) > norms
+    assert norms and len(slow_parameters(supernet)) > norms
     supernet.train_stage(1)
-    assert pretrained_that_train(supernet) == []
+    assert slow_parameters(supernet) == []
