@@ -62,9 +62,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters, lr 1e-3": {"teacher": "frozen"},
     "adapters, rank 32": {**FROZEN, "learning_rate": 3e-3, "rank": 32, "lora_alpha": 32},
     "adapters, one stage": {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3},
-    "adapters of embeddings too, one stage": {
-        **BESIDE, "adapt_embeddings": True,
-    },
     "adapters and norms, one stage": {**BESIDE, "train_norms": True},
     "adapters and embeddings, one stage": {**BESIDE, "train_embeddings": True},
     "adapters, norms and embeddings, one stage": {**BESIDE, "train_norms": True, "train_embeddings": True},
@@ -281,9 +278,7 @@ def _from_teacher(subject: Subject, name: str, seed: int, options: dict[str, Any
     set_seed(seed)
     whole = saved.extract(saved.space.max)
     rank = options.get("rank", 8)
-    adapts = options.get("adapt_embeddings", False)
-    alpha = options.get("lora_alpha", 16.0)
-    return SuperTransformer(whole, SPACE, rank=rank, alpha=alpha, base_name="", adapt_embeddings=adapts)
+    return SuperTransformer(whole, SPACE, rank=rank, alpha=options.get("lora_alpha", 16.0), base_name="")
 
 
 def _teacher_folder(subject: Subject, name: str, seed: int) -> Path:

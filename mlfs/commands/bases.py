@@ -103,8 +103,7 @@ def make_supernet(model: PreTrainedModel, model_args: ModelArguments, args: MLFS
     """
     space = model_args.search_space()
     name = SHORT_NAMES.get(model_args.model, model_args.model)
-    options: dict[str, Any] = {"alpha": args.lora_alpha, "adapt_embeddings": args.adapt_embeddings, "base_name": name}
-    supernet = SuperTransformer(model, space, args.rank, **options)
+    supernet = SuperTransformer(model, space, args.rank, alpha=args.lora_alpha, base_name=name)
     if model_args.per_layer:
         supernet.space = supernet.space.with_per_layer()
     return supernet

@@ -29,7 +29,6 @@ class AdapterOptions:
     rank: int
     stages: int
     alpha: float
-    embeddings: bool = False  # whether the input embeddings have them too, unless a head is tied to them
 
 
 def make_elastic(
@@ -95,8 +94,7 @@ def _elastic_modules(
         if isinstance(spec, Fixed):
             continue
         try:
-            adapts = adapters.embeddings and module is adapted_embeddings(model)
-            elastic[name] = _elastic_module(module, spec, layer, dims, scope, adapters, adapts)
+            elastic[name] = _elastic_module(module, spec, layer, dims, scope, adapters)
         except MLFSError as error:
             raise MLFSError(f"{name}: {error}") from None
     return elastic
@@ -145,36 +143,15 @@ def base_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def adapted_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """Returns the input embeddings, unless another module has the same matrix: stages would part the two."""
-    table = model.get_input_embeddings()
-    if table is None:
-        return None
-    holders = [m for m in model.modules() if m._parameters.get("weight") is table._parameters.get("weight")]
-    return table if len(holders) == 1 else None
-
-
 def _elastic_module(
-    module: nn.Module,
-    spec: Module,
-    layer: int | None,
-    dims: Dimensions,
-    scope: Scope,
-    adapters: AdapterOptions,
-    adapts: bool,
+    module: nn.Module, spec: Module, layer: int | None, dims: Dimensions, scope: Scope, adapters: AdapterOptions
 ) -> Elastic:
-    """Makes what stands for one module, and lets it follow its axes.
-
-    Args:
-        adapts: whether an embedding gets stages.
-    """
+    """Makes what stands for one module, and lets it follow its axes."""
     if isinstance(spec, Linear):
         return _elastic_linear(module, spec, layer, dims, scope, adapters)
     made: Elastic
     if isinstance(spec, Embedding) and type(module) is nn.Embedding:
-        made = ElasticEmbedding.from_embedding(
-            module, rank=adapters.rank if adapts else 0, stages=adapters.stages, alpha=adapters.alpha
-        )
+        made = ElasticEmbedding.from_embedding(module)
     elif isinstance(spec, LayerNorm) and isinstance(module, nn.LayerNorm):
         made = ElasticLayerNorm.from_layer_norm(module)
     elif isinstance(spec, RMSNorm):

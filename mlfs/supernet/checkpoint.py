@@ -26,7 +26,7 @@ from mlfs.supernet.fingerprint import Fingerprint
 from mlfs.supernet.permutation import Permutation
 
 CONFIG_NAME = "mlfs.json"
-FORMAT = 5
+FORMAT = 4
 _ROTATION = "rotation"  # the name of its tensor
 _PERMUTATION = "permutation."  # begins the names of the permutation's tensors, which end in an axis (and a layer)
 _FIELDS = {
@@ -64,7 +64,6 @@ class SavedState:
         parameters: what belongs to the run (the stages, and the weights of `owned`), by the model's names.
         constants: what the base computes with beside its parameters; see `mlfs.supernet.base`.
         vocabulary: how many tokens the base has; None if it is as many as the model.
-        adapt_embeddings: whether the input embeddings have low-rank stages.
     """
 
     base_name: str | None
@@ -84,7 +83,6 @@ class SavedState:
     constants: dict[str, Any] = field(default_factory=dict)
     vocabulary: int | None = None
     rotation: Tensor | None = None
-    adapt_embeddings: bool = False
 
     @property
     def config_of_base(self) -> dict[str, Any]:
@@ -121,7 +119,6 @@ def write_state(state: SavedState, path: Path) -> None:
         "rank": state.rank,
         "stages": state.stages,
         "alpha": state.alpha,
-        "adapt_embeddings": state.adapt_embeddings,
         "trained_stages": state.trained_stages,
         "owned": state.owned,
         "config": state.config,
@@ -178,7 +175,6 @@ def read_state(path: Path) -> SavedState:
         constants=base.get("constants", {}),
         vocabulary=base.get("vocabulary"),
         rotation=rotation,
-        adapt_embeddings=values.get("adapt_embeddings", False),  # not in formats before 5
         **copied,
     )
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from mlfs.elastic.base import Elastic
-from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.linear import ElasticLinear
 from mlfs.space.dimensions import LayerSizes
 
@@ -42,9 +41,9 @@ def count_trainable(model: nn.Module, layers_name: str, sizes: LayerSizes) -> in
     used_once = {id(p): (p, used) for p, used in _used_numbers(model, layers_name, sizes)}  # tied ones, too
     total = sum(used for parameter, used in used_once.values() if parameter.requires_grad)
     for module in model.modules():
-        if isinstance(module, (ElasticLinear, ElasticEmbedding)):
+        if isinstance(module, ElasticLinear):
             columns, rows = module.read_sizes(sizes)
-            if rows and (columns or isinstance(module, ElasticEmbedding)):
+            if columns and rows:
                 # A is (rank, columns), B is (rows, rank)
                 total += sum(a.shape[0] * (columns + rows) for a in module.lora_A if a.requires_grad)
     return total

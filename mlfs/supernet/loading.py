@@ -53,9 +53,8 @@ def check_same(supernet: Any, state: SavedState, place: object) -> Fingerprint:
     Raises:
         MLFSError: it has others.
     """
-    settings = ("rank", "stages", "alpha", "adapt_embeddings")
-    saved = {"space": state.space, **{key: getattr(state, key) for key in settings}}
-    own = {"space": supernet.space.to_dict(), **{key: getattr(supernet, key) for key in settings}}
+    saved = {"space": state.space, "rank": state.rank, "stages": state.stages, "alpha": state.alpha}
+    own = {"space": supernet.space.to_dict(), **{key: getattr(supernet, key) for key in ("rank", "stages", "alpha")}}
     if odd := [key for key in own if saved[key] != own[key]]:
         raise MLFSError(f"{place} was saved with another {', '.join(odd)}: resume with the options of that run")
     found = without_owned(supernet.fingerprint(), state)

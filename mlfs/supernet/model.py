@@ -56,7 +56,6 @@ class SuperTransformer(Ordered):
         stages: how many updates each layer has, which train one after the other.
         alpha: an update counts alpha / rank times.
         base_name: what to record as the base, a hub name or a path; by default the model's own `name_or_path`.
-        adapt_embeddings: whether the input embeddings have updates too, where no head is tied to them.
 
     Raises:
         MLFSError: the family is not in the table, or the space does not fit the model.
@@ -74,7 +73,6 @@ class SuperTransformer(Ordered):
         stages: int = 3,
         alpha: float = 16.0,
         base_name: str | None = None,
-        adapt_embeddings: bool = False,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -83,7 +81,6 @@ class SuperTransformer(Ordered):
         self.space = self.dimensions.default_space() if space is None else space
         self.dimensions.check(self.space)
         self.rank, self.stages, self.alpha = rank, stages, alpha
-        self.adapt_embeddings = adapt_embeddings
         self.base_name = recorded_name(model.name_or_path if base_name is None else base_name)
         self.hub_name = hub_name(self.base_name)
         self.permutation: Permutation = {}
@@ -96,7 +93,7 @@ class SuperTransformer(Ordered):
         self.trains_base = False
         self._scope = Scope(self.dimensions.layer_sizes(self.space.max))
         self._fingerprint: Fingerprint | None = None
-        adapters = AdapterOptions(rank, stages, alpha, adapt_embeddings)
+        adapters = AdapterOptions(rank, stages, alpha)
         layers = make_elastic(model, self.family, self.dimensions, self._scope, adapters)
         self.model = model
         self.layers_name = next(name for name, module in model.named_modules() if module is layers)
@@ -375,7 +372,6 @@ class SuperTransformer(Ordered):
             owned=sorted({*self.owned_modules(), *self.new_parameters}),
             permutation=self.permutation,
             rotation=self.rotation,
-            adapt_embeddings=self.adapt_embeddings,
             parameters=self.own_parameters() | self.added_rows(),
         )
         write_state(state, Path(path))
@@ -405,8 +401,7 @@ class SuperTransformer(Ordered):
             model.resize_token_embeddings(state.config["vocab_size"], mean_resizing=False)
             model.config.update(state.token_ids)
         space = SearchSpace.from_dict(state.space)
-        options = state.rank, state.stages, state.alpha, state.base_name, state.adapt_embeddings
-        supernet = cls(model, space, *options)
+        supernet = cls(model, space, state.rank, state.stages, state.alpha, base_name=state.base_name)
         supernet.hub_name = supernet.hub_name or state.hub_name
         supernet.base_vocabulary, supernet._fingerprint = state.vocabulary, found
         restore_order(supernet, state, path)
@@ -420,7 +415,8 @@ class SuperTransformer(Ordered):
             MLFSError: the folder is missing, half-written or changed, or holds another base, space or rank; or the
                 super-transformer is rotated, and not as there.
         """
-        found = check_same(self, state := read_state(Path(path)), path)
+        state = read_state(Path(path))
+        found = check_same(self, state, path)
         restore_order(self, state, path)
         self._fingerprint = found
         load_parameters(self, state, path)

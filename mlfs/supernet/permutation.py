@@ -69,9 +69,6 @@ def permute(model: nn.Module, permutation: Permutation, dims: Dimensions) -> Non
             columns = _indices(permutation.get(unit_axis(part.size)), part.size, module.own_weight.shape[-1], dims)
             reorder(module.own_weight, int(isinstance(module, ElasticEmbedding)), columns)
             reorder(module.own_bias, 0, columns)
-            if isinstance(module, ElasticEmbedding):
-                for b in module.lora_B:
-                    reorder(b, 0, columns)
 
 
 def compose(first: Permutation, then: Permutation) -> Permutation:

@@ -390,8 +390,7 @@ def _names(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 
 def _settings(supernet: Any) -> tuple[Any, ...]:
-    rank = (supernet.rank, "embeddings too") if supernet.adapt_embeddings else supernet.rank
-    return supernet.space.to_dict(), rank, supernet.stages, float(supernet.alpha)
+    return supernet.space.to_dict(), supernet.rank, supernet.stages, float(supernet.alpha)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -140,8 +140,6 @@ def rotate(model: nn.Module, norm_of: dict[str, str], rotation: Tensor) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ElasticEmbedding):
             turn(module.own_weight)
-            for b in module.lora_B:
-                turn(b.t())  # (rank, hidden)
         if not isinstance(module, ElasticLinear):
             continue
         axes = module.axes()

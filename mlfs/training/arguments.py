@@ -65,9 +65,6 @@ class MLFSArguments(TrainingArguments):
         [0], "Stages that train with the model's dropout. Subnets have less to spare: 1 and 2 do better without."
     )
     rank: int = _option(8, "Rank of the low-rank stages.")
-    adapt_embeddings: bool = _option(
-        False, "Whether the input embeddings have low-rank stages too, where no head is tied to them."
-    )
     lora_alpha: float = _option(16.0, "An update is scaled by lora_alpha / rank.")
     subnets_per_step: int = _option(4, "Subnets K that see each batch in stages 1 and 2; the first is the full model.")
     subnet_sampling: str = _option(

@@ -1,4 +1,4 @@
-"""Learning rates of parts of a model: norms and embeddings take smaller steps than adapters of linear layers do."""
+"""Learning rates of parts of a model: what of the pretrained weights trains takes smaller steps than adapters do."""
 
 from collections.abc import Collection
 
@@ -10,10 +10,10 @@ from mlfs.elastic.norm import ElasticNorm
 from mlfs.supernet.model import SuperTransformer
 
 
-def slow_parameters(supernet: SuperTransformer) -> list[nn.Parameter]:
-    """Collects what trains now of norms and embeddings, adapters of embeddings among them."""
+def pretrained_that_train(supernet: SuperTransformer) -> list[nn.Parameter]:
+    """Collects the norms and embeddings that train now."""
     modules = (module for module in supernet.elastic() if isinstance(module, (ElasticNorm, ElasticEmbedding)))
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    return [p for module in modules for p in (module.own_weight, module.own_bias) if p is not None and p.requires_grad]
 
 
 def give_rate(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], rate: float) -> None:

@@ -33,7 +33,7 @@ from mlfs.training.arguments import BY_SIZE, MLFSArguments, passes_over
 from mlfs.training.checks import check_numbers
 from mlfs.training.file_list import LIST_NAME, write_list
 from mlfs.training.ranking import rank_depths, rank_units
-from mlfs.training.rates import give_rate, slow_parameters
+from mlfs.training.rates import give_rate, pretrained_that_train
 from mlfs.training.refused import check_arguments, refuse
 from mlfs.training.rotating import rotate_units
 from mlfs.training.runs import (
@@ -87,9 +87,7 @@ class MLFSTrainer(SavingTrainer):
         if args.n_gpu > 1:
             raise MLFSError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun` instead")
         if not isinstance(model, SuperTransformer):
-            model = SuperTransformer(
-                model, space, rank=args.rank, alpha=args.lora_alpha, adapt_embeddings=args.adapt_embeddings
-            )
+            model = SuperTransformer(model, space, rank=args.rank, alpha=args.lora_alpha)
         if max(args.stages_to_train) >= model.stages:
             raise MLFSError(
                 f"stages_to_train={args.stages_to_train}, but the super-transformer has {model.stages} stages"
@@ -344,7 +342,7 @@ class MLFSTrainer(SavingTrainer):
         optimizer = super().create_optimizer(model)
         if self.stage not in self.args.train_base:
             rate = self.args.base_learning_rate * self._rate_factor()
-            give_rate(optimizer, slow_parameters(self.supernet), min(rate, self.args.learning_rate))
+            give_rate(optimizer, pretrained_that_train(self.supernet), min(rate, self.args.learning_rate))
         projections = [parameter for parameter in self.distance.parameters() if parameter.requires_grad]
         if projections and self.stage > 0:
             optimizer.add_param_group({"params": projections, "weight_decay": 0.0})

@@ -104,7 +104,7 @@ def test_a_run_of_format_1_loads_as_it_was(saved):
     twin = load(folder)
     assert twin.permutation == supernet.permutation and torch.equal(logits(twin), logits(supernet))
     twin.save_pretrained(folder)
-    assert json.loads((folder / "mlfs.json").read_text())["format"] == 5
+    assert json.loads((folder / "mlfs.json").read_text())["format"] == 4
     assert load(folder).permutation == supernet.permutation
 
 

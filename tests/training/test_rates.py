@@ -10,7 +10,7 @@ from torch import nn
 from mlfs import MLFSTrainer, SuperTransformer
 from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.norm import ElasticNorm
-from mlfs.training.rates import give_rate, slow_parameters
+from mlfs.training.rates import give_rate, pretrained_that_train
 from tests.tiny_models import make
 from tests.trainers import SPACE, assert_same, own, trainer
 
@@ -162,10 +162,10 @@ def test_groups_are_split_and_keep_what_they_say() -> None:
 
 def test_frozen_norms_and_embeddings_are_not_listed() -> None:
     supernet = SuperTransformer(make("bert", "ForSequenceClassification"), rank=2)
-    assert slow_parameters(supernet) == []
+    assert pretrained_that_train(supernet) == []
     supernet.train_stage(1, norms=True)
-    norms = len(slow_parameters(supernet))
+    norms = len(pretrained_that_train(supernet))
     supernet.train_stage(1, norms=True, embeddings=True)
-    assert norms and len(slow_parameters(supernet)) > norms
+    assert norms and len(pretrained_that_train(supernet)) > norms
     supernet.train_stage(1)
-    assert slow_parameters(supernet) == []
+    assert pretrained_that_train(supernet) == []
