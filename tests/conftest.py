@@ -2,6 +2,7 @@
 Triton's interpreter, but for `pytest -m gpu`, which runs the kernels on a GPU."""
 
 import os
+import signal
 import sys
 
 # Before Triton is imported, which the conftest.py of a folder may do before `pytest_configure` runs.
@@ -19,6 +20,16 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 settings.register_profile("mlfs", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mlfs")
+
+
+@pytest.fixture(autouse=True)
+def own_sigterm():
+    """Ends each test with the SIGTERM handler it began with: a Trainer with `enable_jit_checkpoint` sets one when it is
+    made. Processes that are forked later have it too, and a pool of them that stops its workers by SIGTERM waits on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and signal.getsignal(signal.SIGTERM) != before:  # None: it was not set from Python
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
