@@ -4,6 +4,7 @@ Each stage is a run of the Trainer: its last step sets `should_training_stop` to
 that by who set it.
 """
 
+import signal
 from typing import Any
 
 from transformers import TrainerCallback
@@ -50,3 +51,12 @@ def with_stage_flow(handler: CallbackHandler) -> None:
     for i, callback in enumerate(callbacks):
         if type(callback) is DefaultFlowCallback:
             callbacks[i] = StageFlow()
+
+
+def catch_signals_again(callbacks: CallbackHandler) -> None:
+    """Sets the handler of SIGTERM anew that `enable_jit_checkpoint` sets for a Trainer once, and that the end of each
+    training, which is that of a stage, takes back."""
+    for callback in callbacks.callbacks:
+        manager = getattr(callback, "jit_manager", None)
+        if manager is not None and signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:
+            manager.setup_signal_handler()

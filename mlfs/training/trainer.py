@@ -50,7 +50,13 @@ from mlfs.training.runs import (
     was_stopped,
 )
 from mlfs.training.saving import SavingTrainer
-from mlfs.training.stopping import TrainerControl, forget_stop, stop_was_asked, with_stage_flow
+from mlfs.training.stopping import (
+    TrainerControl,
+    catch_signals_again,
+    forget_stop,
+    stop_was_asked,
+    with_stage_flow,
+)
 from mlfs.training.teacher import FrozenTeacher
 
 logger = logging.get_logger("transformers.mlfs")
@@ -187,6 +193,7 @@ class MLFSTrainer(SavingTrainer):
     def _train_stage(self, settings: Mapping[str, Any], begun: Path | None, **kwargs: Any) -> TrainOutput:
         """Trains and saves one stage, from the checkpoint `begun` on if there is one."""
         self._enter_stage(settings, fresh=begun is None)
+        catch_signals_again(self.callback_handler)
         self._stage_is_over = begun is not None and was_stopped(begun)
         forget_stop(self.control)
         output = super().train(resume_from_checkpoint=None if begun is None else str(begun), **kwargs)

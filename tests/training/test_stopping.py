@@ -1,6 +1,7 @@
 """What callbacks see, and what their stop ends."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,17 @@ def test_callbacks_see_the_steps_of_the_stage_and_logs_count_on(resumed: bool, t
     for stage, length in enumerate([2, 3, 1]):  # checkpoints are named by the steps that callbacks see
         found = {path.name for path in (tmp_path / f"stage-{stage}").glob("checkpoint-*")}
         assert found == {f"checkpoint-{step}" for step in range(1, length + 1)}
+
+
+def test_a_sigterm_asks_for_a_checkpoint_in_every_stage_and_means_what_it_did_after_training(tmp_path: Path) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.setdefault(t.stage, set()).add(getattr(signal.getsignal(signal.SIGTERM), "__self__", None))
+
+    t = trainer(tmp_path, enable_jit_checkpoint=True, stage_steps=[2], save_strategy="no", callbacks=[Look()])
+    managers = {c.jit_manager for c in t.callback_handler.callbacks if hasattr(c, "jit_manager")}
+    t.train()
+    assert len(managers) == 1 and seen == {stage: managers for stage in range(3)}
+    assert signal.getsignal(signal.SIGTERM) == before
