@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 
@@ -45,6 +46,25 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+class Stopped(Exception):
+    """What breaks a run off."""
+
+
+def cut_off(t: MLFSTrainer, stage: int, at: int) -> None:
+    """Trains until a step of a stage, and breaks off there."""
+    step = t.training_step
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        if (t.stage, t.state.global_step) == (stage, at):
+            raise Stopped
+        return step(*args, **kwargs)
+
+    t.training_step = stops
+    with pytest.raises(Stopped):
+        t.train()
+    t.training_step = step
 
 
 ONE_STEP: dict[str, Any] = {"dropout_stages": [], "distill_beta": [0.3]}

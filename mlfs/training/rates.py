@@ -23,10 +23,10 @@ def give_rate(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parame
     """
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
         if group["lr"] == rate:  # it stays whole, as a checkpoint may have it
             continue
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
         if moved and not kept:
             group["lr"] = rate
         elif moved:

@@ -50,13 +50,7 @@ from mlfs.training.runs import (
     was_stopped,
 )
 from mlfs.training.saving import SavingTrainer
-from mlfs.training.stopping import (
-    TrainerControl,
-    catch_signals_again,
-    forget_stop,
-    stop_was_asked,
-    with_stage_flow,
-)
+from mlfs.training.stopping import TrainerControl, catch_signals_again, forget_stop, stop_was_asked, with_stage_flow
 from mlfs.training.teacher import FrozenTeacher
 
 logger = logging.get_logger("transformers.mlfs")

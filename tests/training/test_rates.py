@@ -12,7 +12,7 @@ from mlfs.elastic.embedding import ElasticEmbedding
 from mlfs.elastic.norm import ElasticNorm
 from mlfs.training.rates import give_rate, pretrained_that_train
 from tests.tiny_models import make
-from tests.trainers import SPACE, assert_same, own, trainer
+from tests.trainers import SPACE, assert_same, cut_off, own, trainer
 
 MODELS = [("bert", "ForSequenceClassification"), ("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM")]
 
@@ -134,16 +134,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
 
-    class Cut(MLFSTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.stage == 1 and self.state.global_step == 3:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
-    cut = trainer(tmp_path / "cut", **options)
-    cut.__class__ = Cut
-    with pytest.raises(KeyboardInterrupt):
-        cut.train()
+    cut_off(trainer(tmp_path / "cut", **options), 1, 3)
     resumed = trainer(tmp_path / "cut", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(own(whole.supernet), own(resumed.supernet))

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from mlfs import MLFSError, MLFSTrainer
 from mlfs.training.teacher import FrozenTeacher
 from tests.tiny_models import inputs, logits_of
-from tests.trainers import assert_same, own, rows, trainer
+from tests.trainers import assert_same, cut_off, own, rows, trainer
 
 KINDS = [("bert", "ForSequenceClassification"), ("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM")]
 
@@ -121,45 +121,14 @@ def test_a_run_goes_on_with_the_teacher_it_began_with(
     whole, _ = watched(tmp_path / "whole", **options)
     whole.train()
 
-    class Stopped(Exception):
-        pass
-
     cut, before = watched(tmp_path / "cut", **options)
-    step = cut.training_step
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        if cut.stage == stage and cut.state.global_step == 5:
-            raise Stopped
-        return step(*args, **kwargs)
-
-    cut.training_step = stops
-    with pytest.raises(Stopped):
-        cut.train()
+    cut_off(cut, stage, 5)
     assert (tmp_path / "cut" / "stage-1" / ".teacher").exists()
     target = tmp_path / ("other" if elsewhere else "cut")
     rest, after = watched(target, **options)
     rest.train(resume_from_checkpoint=str(tmp_path / "cut") if elsewhere else True)
     assert torch.equal(before.said[0][1], after.said[-1][1])
     assert_same(own(rest.supernet), own(whole.supernet))
-
-
-class Stopped(Exception):
-    pass
-
-
-def cut(t: Any, stage: int, at: int) -> None:
-    """Trains until a step of a stage, and breaks off there."""
-    step = t.training_step
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        if (t.stage, t.state.global_step) == (stage, at):
-            raise Stopped
-        return step(*args, **kwargs)
-
-    t.training_step = stops
-    with pytest.raises(Stopped):
-        t.train()
-    t.training_step = step
 
 
 @pytest.mark.parametrize("fault", ["gone", "damaged"])
@@ -169,7 +138,7 @@ def test_a_teacher_that_cannot_be_read_is_made_of_stage_0(fault: str, order: str
     whole, _ = watched(tmp_path / "whole", **options)
     whole.train()
     first, _ = watched(tmp_path / "cut", **options)
-    cut(first, 1, 5)
+    cut_off(first, 1, 5)
     kept = tmp_path / "cut" / "stage-1" / ".teacher"
     (kept / "mlfs.json").write_text("{") if fault == "damaged" else shutil.rmtree(kept)
     rest, _ = watched(tmp_path / "cut", **options)
@@ -179,7 +148,7 @@ def test_a_teacher_that_cannot_be_read_is_made_of_stage_0(fault: str, order: str
 
 def test_a_teacher_that_is_nowhere_is_named(tmp_path: Path) -> None:
     first, _ = watched(tmp_path)
-    cut(first, 2, 5)
+    cut_off(first, 2, 5)
     for path in (tmp_path / "stage-1" / ".teacher", tmp_path / "stage-0"):
         shutil.rmtree(path)
     rest, _ = watched(tmp_path)
@@ -197,7 +166,7 @@ def test_a_run_that_was_cut_off_goes_on_in_this_process_too(
     whole, _ = watched(tmp_path / "whole", **kind)
     whole.train()
     first, _ = watched(tmp_path / "cut", **kind)
-    cut(first, stage, 5)
+    cut_off(first, stage, 5)
     rest = watched(tmp_path / "cut", **kind)[0] if anew else first
     rest.train(resume_from_checkpoint=True)
     assert_same(own(rest.supernet), own(whole.supernet))
@@ -229,9 +198,9 @@ def test_what_a_user_keeps_beside_a_run_stays(teacher: str, tmp_path: Path) -> N
 
 def test_the_teacher_of_an_earlier_run_is_not_taken(tmp_path: Path) -> None:
     first, _ = watched(tmp_path)
-    cut(first, 1, 3)
+    cut_off(first, 1, 3)
     other = trainer(tmp_path, teacher="maxnet", overwrite_run=True, seed=7)
-    cut(other, 1, 5)
+    cut_off(other, 1, 5)
     assert not (tmp_path / "stage-1" / ".teacher").exists()
     new, said = watched(tmp_path, overwrite_run=True, seed=5, save_strategy="no", stage_steps=[2])
     new.train()

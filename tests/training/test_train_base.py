@@ -12,7 +12,7 @@ from mlfs import MLFSError, SuperTransformer
 from mlfs.elastic.linear import ElasticLinear
 from tests.supernets import elastic, subnets_of
 from tests.tiny_models import all_models, inputs, logits_of, make
-from tests.trainers import assert_same, own, trainer
+from tests.trainers import assert_same, cut_off, own, trainer
 
 every_model = pytest.mark.parametrize(("name", "suffix"), all_models())
 KINDS = [("bert", "ForSequenceClassification"), ("gpt2", "LMHeadModel"), ("llama-tied", "ForCausalLM")]
@@ -136,20 +136,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(options: dict[str,
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
 
-    class Stopped(Exception):
-        pass
-
-    cut = trainer(tmp_path / "cut", **options)
-    step = cut.training_step
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        if cut.stage == 1 and cut.state.global_step == 5:
-            raise Stopped
-        return step(*args, **kwargs)
-
-    cut.training_step = stops
-    with pytest.raises(Stopped):
-        cut.train()
+    cut_off(trainer(tmp_path / "cut", **options), 1, 5)
     rest = trainer(tmp_path / "cut", **options)
     rest.train(resume_from_checkpoint=True)
     assert_same(own(rest.supernet), own(whole.supernet))
