@@ -5,8 +5,11 @@ import os
 import signal
 import sys
 
-# Before Triton is imported, which the conftest.py of a folder may do before `pytest_configure` runs.
-if not any(flag == "-m" and mark.startswith("gpu") for flag, mark in zip(sys.argv, sys.argv[1:], strict=False)):
+# Before Triton is imported, which the conftest.py of a folder may do before `pytest_configure` runs. Processes of xdist
+# have another command line, and this environment.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(
+    flag == "-m" and mark.startswith("gpu") for flag, mark in zip(sys.argv, sys.argv[1:], strict=False)
+):
     os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports the hub's client, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +54,8 @@ def poisoned_memory():
 
 def pytest_configure(config: pytest.Config) -> None:
     if _on_gpu(config):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise pytest.UsageError("TRITON_INTERPRET=1 is set, so kernels would be interpreted on the CPU: unset it")
         os.environ.setdefault("MLFS_TUNE", "0")  # tests are many small shapes
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported

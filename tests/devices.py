@@ -1,10 +1,18 @@
 """Where a test of the kernels runs: on CPU tensors in Triton's interpreter, or compiled, on a GPU, under `-m gpu`."""
 
+import os
+
 import pytest
 from torch import Tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def examples(count: int) -> int:
+    """How many examples of an operator's sizes to draw: few where kernels are compiled, which takes seconds for nearly
+    each new set of sizes."""
+    return count if os.environ.get("TRITON_INTERPRET") == "1" else min(count, 6)
 
 
 def move(t: Tensor, device: str) -> Tensor:

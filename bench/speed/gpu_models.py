@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
@@ -139,7 +140,7 @@ class Models:
         for module in supernet.elastic():
             if isinstance(module, ElasticLinear) and module.rank and all(module.read_sizes(sizes)):
                 n, m = module.read_sizes(sizes)
-                slices.append(module.weight.detach()[:m, :n])
+                slices.append(module.own_weight.detach()[:m, :n])
         return cls(supernet, peft, plain, slices)
 
     def copy(self) -> None:
@@ -309,6 +310,6 @@ def _weight_bytes(load: Workload, subnet: Subnet, dtype: torch.dtype) -> float:
 
 def _flops(run: Callable[[], Any]) -> float:
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, sdpa_kernel(SDPBackend.MATH):  # PyTorch 2.11 cannot count fused, grouped-query attention
         run()
     return float(counter.get_total_flops())

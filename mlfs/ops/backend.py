@@ -104,9 +104,14 @@ def direct_implementation(operator: str, x: Tensor, *others: Tensor | None) -> C
 def autocast_type(x: Tensor) -> torch.dtype | None:
     """What autocast computes in where x is, or None outside of it (always on devices that have none, as `meta`)."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def in_autocast_type(x: Tensor) -> Tensor:

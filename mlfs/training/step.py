@@ -160,7 +160,7 @@ class SubnetTrainer(PaletteTrainer):
         """Whether nobody has put a loss of his own in the place of transformers'."""
         return (
             self.compute_loss_func is None
-            and self.loss_is_scaled_for_ga is None
+            and getattr(self, "loss_is_scaled_for_ga", None) is None  # older transformers have no such switch
             and getattr(self.compute_loss, "__func__", None) is Trainer.compute_loss
             and (self.label_smoother is None or type(self.label_smoother) is LabelSmoother)
             and getattr(self.accelerator, "parallelism_config", None) is None

@@ -12,7 +12,7 @@ from mlfs.ops.feed_forward import feed_forward, feed_forward_reference
 from mlfs.ops.layer import ACTIVATIONS, LowRankLinear
 from tests import projections
 from tests.calls import LAYOUTS, strided
-from tests.devices import on_each_device
+from tests.devices import examples, on_each_device
 
 pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 BACKENDS = ["reference", "triton", "cpp"]
@@ -78,7 +78,7 @@ def cases(draw) -> tuple[Case, bool, int | None]:
     return made, adds.endswith("carried"), draw(st.sampled_from([None, *range(stages)]))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(drawn=cases())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_equals_the_formula(device, name, drawn):

@@ -11,7 +11,7 @@ from mlfs.ops.backend import use_backend
 from mlfs.ops.joint_linear import joint_linear, joint_linear_reference
 from mlfs.ops.layer import LowRankLinear
 from tests.calls import LAYOUTS, strided
-from tests.devices import on_each_device
+from tests.devices import examples, on_each_device
 from tests.projections import case, leaves
 
 pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
@@ -53,7 +53,7 @@ def cases(draw) -> tuple[tuple[Tensor, list[LowRankLinear]], bool, int | None]:
     return made, gated, draw(st.sampled_from([None, *range(stages)]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(drawn=cases())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_equals_the_formula(device, name, drawn):

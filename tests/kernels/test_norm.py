@@ -10,7 +10,7 @@ from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.norm import layer_norm, rms_norm
 from tests.calls import strided
-from tests.devices import move, on_each_device
+from tests.devices import examples, move, on_each_device
 from tests.helpers.norms import add_norm, add_norm_reference
 
 EPS = 1e-5
@@ -78,7 +78,7 @@ def agree(given_: dict[str, Tensor | None], rms: bool, tolerance: float, device:
         assert right.numel() == 0 or (mine.cpu().double() - right).abs().amax().item() <= tolerance * largest
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(case=cases(), rms=st.booleans())
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_equals_the_formula(device, name, case, rms):

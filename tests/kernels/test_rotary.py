@@ -11,7 +11,7 @@ from mlfs import MLFSError
 from mlfs.ops.backend import use_backend
 from mlfs.ops.rotary import rotary, rotary_reference
 from tests.calls import LAYOUTS, strided
-from tests.devices import move, on_each_device
+from tests.devices import examples, move, on_each_device
 
 pytestmark = [on_each_device, pytest.mark.usefixtures("poisoned_memory")]
 OP = torch.ops.mlfs.rotary.default
@@ -62,7 +62,7 @@ def agree(given_: list[Tensor], tolerance: float, device: str) -> None:
         assert right.numel() == 0 or (mine.detach().cpu().double() - right).abs().amax().item() <= tolerance * largest
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(given_=cases())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_equals_the_formula(device, name, given_):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlfs.ops.backend import use_backend
 from mlfs.ops.sliced_linear import sliced_linear
 from tests.calls import Call, calls, example, strided
-from tests.devices import move, on_each_device
+from tests.devices import examples, move, on_each_device
 
 pytest.importorskip("triton")
 pytestmark = on_each_device
@@ -66,7 +66,7 @@ def to(call: Call, device: str) -> Call:
     return replace(call, **{name: moved(getattr(call, name)) for name in call.__dataclass_fields__})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(calls(torch.float32, tokens=3, size=20, rank=5))
 def test_inference_equals_the_dense_product_at_small_and_odd_sizes(device, call):
     infer(call, device)
@@ -87,20 +87,20 @@ def test_inference_of_a_few_tokens_over_many_parts_of_the_depth(device, dtype, a
     infer(Call(x, weight, bias, a, b, [2.0, 0.5], spans, activation, operand, residual), device)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(calls(torch.float32, tokens=5, size=20, rank=5))
 def test_equals_the_dense_product_at_small_and_odd_sizes(device, call):
     agree(call, device)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(calls(torch.float32, tokens=6, size=150, rank=9))
 def test_equals_the_dense_product_across_tile_edges(device, call):
     agree(call, device)
 
 
 @DTYPES
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.data())
 def test_every_type(device, dtype, data):
     agree(data.draw(calls(dtype, tokens=5, size=90, rank=9)), device)

@@ -13,7 +13,7 @@ from mlfs.ops.backend import use_backend
 from mlfs.ops.grouped_linear import Group, grouped_sliced_linear, grouped_sliced_linear_reference
 from mlfs.ops.layer import LowRankLinear, flatten
 from tests.calls import strided
-from tests.devices import move, on_each_device
+from tests.devices import examples, move, on_each_device
 
 OPS = torch.ops.mlfs.grouped_sliced_linear.default, torch.ops.mlfs.grouped_sliced_linear_backward.default
 
@@ -178,12 +178,12 @@ class TestKernels:
         with use_backend("triton"):
             yield
 
-    @settings(max_examples=40)
+    @settings(max_examples=examples(40))
     @given(calls(torch.float32))
     def test_small_and_odd_sizes(self, device, call):
         agree(call, 1e-5, device)
 
-    @settings(max_examples=8)
+    @settings(max_examples=examples(8))
     @given(calls(torch.float32, tokens=80, size=150, rank=9))
     def test_across_tile_edges(self, device, call):
         agree(call, 1e-5, device)
