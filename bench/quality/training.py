@@ -54,7 +54,10 @@ BESIDE: dict[str, Any] = {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3, "base_le
 # For stage 0.
 TEACHERS: dict[str, dict[str, Any]] = {
     "adapters": {},
+    "adapters, warm-up": {"warmup_steps": 0.1},
+    "adapters and embeddings, warm-up": {"warmup_steps": 0.1, "train_embeddings": True},
     "base": {"train_base": [0]},
+    "base, warm-up": {"warmup_steps": 0.1, "train_base": [0]},
 }
 # For stages 1 and 2; "from" names another teacher than `base`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters, lr 1e-3": {"teacher": "frozen"},
     "adapters, rank 32": {**FROZEN, "learning_rate": 3e-3, "rank": 32, "lora_alpha": 32},
     "adapters, one stage": {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3},
+    "adapters and embeddings": {**FROZEN, "learning_rate": 3e-3, "base_learning_rate": 3e-4, "train_embeddings": True},
     "adapters and norms, one stage": {**BESIDE, "train_norms": True},
     "adapters and embeddings, one stage": {**BESIDE, "train_embeddings": True},
     "adapters, norms and embeddings, one stage": {**BESIDE, "train_norms": True, "train_embeddings": True},
