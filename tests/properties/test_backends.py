@@ -97,7 +97,7 @@ def test_compiled_whole_on_the_kernels_each_subnet_equals_eager(device, name, su
                 agree(step(supernet, compiled, batch), step(supernet, supernet, batch), 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_by_inductor_on_the_reference_equals_eager():
     supernet, (subnet, _) = shallow("llama", "ForCausalLM")
     torch._dynamo.reset()

@@ -34,7 +34,7 @@ def test_help_names_the_contenders_and_hides_the_dry_run():
     assert done.returncode == 0 and "cuBLAS + adapters" in done.stdout and "dry" not in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_of_it_runs_and_calls_itself_no_measurement(tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("peft")

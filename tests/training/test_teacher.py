@@ -36,8 +36,13 @@ def watched(folder: Path, name: str = "bert", suffix: str = "ForSequenceClassifi
     return t, teachers
 
 
-@pytest.mark.parametrize(("name", "suffix"), KINDS)
-@pytest.mark.parametrize("options", [{}, {"train_base": [1, 2]}, {"train_base": [0, 1, 2]}, {"train_base": [1]}])
+@pytest.mark.parametrize(
+    "name, suffix, options",
+    [
+        (*KINDS[0], {}), (*KINDS[0], {"train_base": [1]}), (*KINDS[1], {"train_base": [0, 1, 2]}),
+        (*KINDS[1], {"train_base": [1, 2]}), (*KINDS[2], {}), (*KINDS[2], {"train_base": [0, 1, 2]}),
+    ],
+)  # fmt: skip
 def test_the_teacher_stays_what_stage_0_made(name: str, suffix: str, options: dict[str, Any], tmp_path: Path) -> None:
     t, teachers = watched(tmp_path, name, suffix, stage_steps=[4], **options)
     t.train()
@@ -112,9 +117,13 @@ def test_logits_are_left_out_only_where_the_teachers_head_is_the_models(name: st
         torch.testing.assert_close(runs[1][key], value, rtol=1e-3, atol=1e-4)  # AdamW: steps of 5e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"train_base": [0, 1, 2]}, {"train_base": [2]}])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(  # every pair of two of them
+    "options, stage, elsewhere",
+    [
+        ({}, 1, False), ({}, 2, True), ({"train_base": [0, 1, 2]}, 1, True), ({"train_base": [0, 1, 2]}, 2, False),
+        ({"train_base": [2]}, 1, True), ({"train_base": [2]}, 2, False),
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_with_the_teacher_it_began_with(
     options: dict[str, Any], stage: int, elsewhere: bool, tmp_path: Path
 ) -> None:
@@ -156,9 +165,13 @@ def test_a_teacher_that_is_nowhere_is_named(tmp_path: Path) -> None:
         rest.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("options", [{"order": "rotation"}, {"train_base": [1, 2]}, {"train_base": [0, 1, 2]}])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize(
+    "options, stage, anew",
+    [
+        ({"order": "rotation"}, 1, True), ({"order": "rotation"}, 2, False), ({"train_base": [1, 2]}, 1, False),
+        ({"train_base": [1, 2]}, 2, True), ({"train_base": [0, 1, 2]}, 1, True), ({"train_base": [0, 1, 2]}, 2, False),
+    ],
+)  # fmt: skip
 def test_a_run_that_was_cut_off_goes_on_in_this_process_too(
     options: dict[str, Any], stage: int, anew: bool, tmp_path: Path
 ) -> None:

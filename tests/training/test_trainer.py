@@ -145,7 +145,7 @@ def start(folder: Path, how: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder), how], env=environment, cwd=ROOT)
 
 
-@pytest.mark.parametrize("stage,checkpoint", [(1, 3), (2, 6)])
+@pytest.mark.parametrize("stage,checkpoint", [pytest.param(1, 3, marks=pytest.mark.soak), (2, 6)])
 def test_a_killed_run_resumes_to_the_same_weights(stage: int, checkpoint: int, tmp_path: Path) -> None:
     """kill -9 in the middle of a stage, then resuming, against a run that was left alone: equal bit for bit."""
     torch.set_num_threads(1)

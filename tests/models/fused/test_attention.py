@@ -52,7 +52,7 @@ def test_attention_of_each_kind_has_the_models_bits(name, implementation, unfuse
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", *GPT])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.soak), *GPT])
 def test_decoders_on_the_kernels_take_caches_rows_and_checkpoints(name, unfused):
     """GPT's while dropout is on, which draws what torch draws."""
     pytest.importorskip("triton")

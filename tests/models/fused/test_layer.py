@@ -160,14 +160,11 @@ def test_a_layer_is_one_call_unless_something_looks_inside(name, compiled, monke
     assert len(calls) == 2 * layers - 1
 
 
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("name", WHOLLY)
+@pytest.mark.parametrize("name, drops", [*((name, False) for name in WHOLLY), ("bert", True), ("gpt2", True)])
 def test_gradients_that_meet_are_added_by_the_kernels(name, drops):
     """Those of query, key and value, of gate and up, and of both residual streams; and none goes through an activation
     in a pass of its own."""
     pytest.importorskip("triton")
-    if drops and name in ROTARY:
-        pytest.skip("these models drop nothing")
     supernet = elastic(name, suffix_of(name)) if name in ("bert", "roberta") else language_model(name)
     for module in supernet.layers.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -209,8 +206,7 @@ def test_dropout_of_gpts_layers_draws_what_torch_draws(name, backend, unfused):
         assert distance(gradient, others[key]) < 1e-4, key
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("name", ["llama", *GPT])
+@pytest.mark.parametrize("name, backend", [("llama", "triton"), *((name, "reference") for name in ("llama", *GPT))])
 def test_hooks_in_a_layer_see_what_they_see_in_the_models_own(name, backend, unfused):
     pytest.importorskip("triton")
     fused, plain = language_model(name), language_model(name, of=unfused)
