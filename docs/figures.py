@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "bench" / "results" / "palette_quality.json"
 TRAINING = RESULTS.with_name("training.json")
 COST = RESULTS.with_name("cost.json")
-BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#dfe7f0"
+BLUE, ORANGE, GREEN, GREY, LIGHT = "#1f5fa8", "#d9822b", "#3a8f5c", "#5c6670", "#dfe7f0"
 
 
 def main() -> None:
@@ -57,29 +57,34 @@ def palette(result: dict[str, Any], path: Path) -> None:
 
 
 def training(result: dict[str, Any], parameters: dict[str, int], path: Path) -> None:
-    """Accuracy against parameters: palettes of all weights and of adapters, and sizes trained alone, means of seeds."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    """Accuracy against parameters: palettes and sizes trained alone, means over seeds, on both sets."""
+    figure, both = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     series = {
-        "one run, all weights": (result["palettes"].get("all weights, one stage"), "o", BLUE),
-        "one run, adapters": (result["palettes"].get("adapters"), "^", GREY),
+        "one run, adapters and embeddings": ("adapters and embeddings, one stage", "o", BLUE),
+        "one run, all weights": ("all weights, one stage", "D", GREEN),
+        "one run, adapters": ("adapters, one stage", "^", GREY),
     }
-    for label, (runs, marker, color) in series.items():
-        if runs:
-            points = sorted((parameters[s] / 1e6, 100 * _mean(runs, s)) for s in parameters)
-            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=7, label=f"{label} ({_seeds(runs)})")
-    alone = {}
-    for name, runs in result.get("twins", {}).items():
-        size = name.partition(",")[0]
-        alone[size] = max(alone.get(size, 0.0), 100 * sum(run["dev"] for run in runs.values()) / len(runs))
-    if alone:
+    for axes, measured, title in ((both[0], "dev", "872 dev sentences"), (both[1], "held_back", "3,000 held back")):
+        for label, (name, marker, color) in series.items():
+            if runs := result["palettes"].get(name):
+                points = sorted((parameters[s] / 1e6, 100 * _mean(runs, s, measured)) for s in parameters)
+                axes.plot(*zip(*points, strict=True), marker, color=color, markersize=7, alpha=0.85,
+                          label=f"{label} ({_seeds(runs)})")  # fmt: skip
+        alone: dict[str, float] = {}
+        for name, runs in result.get("twins", {}).items():
+            score = 100 * sum(run[measured] for run in runs.values()) / len(runs)
+            size = name.partition(",")[0]
+            alone[size] = max(alone.get(size, 0.0), score)
         points = sorted((parameters[size] / 1e6, score) for size, score in alone.items())
-        axes.plot(*zip(*points, strict=True), "s", color=ORANGE, markersize=7, label="each size alone, all weights")
-    teachers = list(result["teachers"]["base"].values())
-    whole = 100 * sum(run["dev"] for run in teachers) / len(teachers)
-    axes.axhline(whole, color=GREY, linewidth=0.8, linestyle="--", label="the whole model, fine-tuned")
-    axes.set(xlabel="parameters (millions)", ylabel="SST-2 dev accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+        if points:
+            axes.plot(*zip(*points, strict=True), "s", color=ORANGE, markersize=7, label="each size alone, all weights")
+        teachers = list(result["teachers"]["base"].values())
+        whole = 100 * sum(run[measured] for run in teachers) / len(teachers)
+        axes.axhline(whole, color=GREY, linewidth=0.8, linestyle="--", label="the whole model, fine-tuned")
+        axes.set(xlabel="parameters (millions)", title=title)
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel="SST-2 accuracy (%)")
+    both[1].legend(frameon=False, loc="lower right", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -95,7 +100,9 @@ def cost(result: dict[str, Any], path: Path) -> None:
     ):
         sums = [sum(result[what][size] for size in sizes[:n]) / unit for n in counts]
         axes.plot(counts, sums, color=ORANGE, label="each size alone, all weights")
-        for name, color, style in (("all weights", BLUE, "-"), ("adapters", GREY, "--")):
+        for name, color, style in (
+            ("all weights", GREEN, "-."), ("adapters and embeddings", BLUE, "-"), ("adapters", GREY, "--")
+        ):  # fmt: skip
             axes.axhline(result[what][name] / unit, color=color, linestyle=style, label=f"one run, {name}")
         axes.set(xlabel="sizes", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -104,8 +111,8 @@ def cost(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _mean(runs: dict[str, Any], size: str) -> float:
-    return sum(run["dev"][size] for run in runs.values()) / len(runs)
+def _mean(runs: dict[str, Any], size: str, measured: str) -> float:
+    return sum(run[measured][size] for run in runs.values()) / len(runs)
 
 
 def _seeds(runs: dict[str, Any]) -> str:

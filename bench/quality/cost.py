@@ -33,7 +33,11 @@ from mlfs.report.table import table
 from mlfs.training.teacher import FrozenTeacher
 
 RESULTS = ROOT / "bench" / "results" / "cost.json"
-PALETTES = {"adapters": VARIANTS["adapters"], "all weights": VARIANTS["all weights, one stage"]}
+PALETTES = {
+    "adapters": VARIANTS["adapters"],
+    "adapters and embeddings": VARIANTS["adapters and embeddings"],
+    "all weights": VARIANTS["all weights, one stage"],
+}
 MOST = 32  # sizes; the first eight are those whose scores are reported
 STEPS, UNTIMED = 14, 2
 AT_ONCE = 8  # models that are held at once

@@ -47,7 +47,9 @@ HELD_BACK = 3000  # at most, and at most a tenth of a task's examples
 TRAINED = {"SST-2": 16_000}  # of all there are, where not all
 
 # What variants change, of `MLFSArguments`: the method without what was found to help it.
-PLAIN: dict[str, Any] = {"learning_rate": 1e-3, "teacher": "maxnet", "subnet_rate_factor": 1.0, "warmup_steps": 0}
+PLAIN: dict[str, Any] = {
+    "learning_rate": 1e-3, "teacher": "maxnet", "subnet_rate_factor": 1.0, "warmup_steps": 0, "train_embeddings": False,
+}  # fmt: skip
 FROZEN: dict[str, Any] = {"teacher": "frozen", "warmup_steps": 0.1}
 ONE_STAGE: dict[str, Any] = {"stages_to_train": [2], "stage_epochs": [1.0]}
 BESIDE: dict[str, Any] = {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3, "base_learning_rate": 3e-4}
