@@ -107,8 +107,10 @@ class MLFSArguments(TrainingArguments):
     )
     train_head: bool = _option(True, "Whether a new task head (classifier and the like) trains, in every stage.")
     train_norms: bool = _option(False, "Whether the weights of the norms train too, at base_learning_rate.")
-    train_embeddings: bool = _option(
-        False, "Whether the embeddings train too, at base_learning_rate. The run folder then holds them."
+    train_embeddings: bool | None = _option(
+        None,
+        "Whether the embeddings train too, at base_learning_rate, where not all weights do. The run folder then holds "
+        "them. Default: yes, unless the model has a language model's head, or is rotated.",
     )
     train_base: list[int] = _option(
         [],
@@ -116,7 +118,7 @@ class MLFSArguments(TrainingArguments):
         "The run folder then holds the whole model.",
     )
     base_learning_rate: float = _option(
-        1e-4, "Learning rate of what trains of the base itself, at most that of adapters."
+        1e-4, "Learning rate of what trains of the base itself: beside adapters at most theirs."
     )
     order: str = _option(
         "gradient",

@@ -249,11 +249,18 @@ class MLFSTrainer(SavingTrainer):
         return self.args.subnet_rate_factor if self.stage > 0 else 1.0
 
     def _let_train(self) -> None:
-        """Lets the stage's adapters (head, norms) train, and merges the stages before; or lets all weights train."""
+        """Lets the adapters of the stage (head, ...) train, and merges the stages before; or lets all weights train."""
         args, base = self.args, self.stage in self.args.train_base
-        self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base, args.train_embeddings)
+        self.supernet.train_stage(self.stage, args.train_head, args.train_norms, base, self._trains_embeddings())
         self.supernet.merge_stages(self.stage if args.merge_stages and not base else 0)
         self.teach_with(self.teacher)
+
+    def _trains_embeddings(self) -> bool:
+        """Whether embeddings train: unless the arguments say, those of encoders, whose small sizes gain most by it."""
+        if self.args.train_embeddings is not None:
+            return self.args.train_embeddings
+        is_rotated = self.args.order == "rotation" or self.supernet.rotation is not None
+        return not is_rotated and self.supernet.model.get_output_embeddings() is None
 
     def _restore_teacher(self, point: ResumePoint, done: list[int], left: list[int]) -> None:
         """Makes the frozen teacher again, where a run goes on that has begun to learn from one.

@@ -72,7 +72,8 @@ def make_trainer(plain: bool, folder: Path, row: Row, options: dict[str, Any] | 
     records = Records()
     data["callbacks"] = [*data.get("callbacks", []), records]
     if not plain:
-        args = MLFSArguments(stages_to_train=[0], rank=2, fused_head_loss=False, **settings)
+        # a Trainer has one rate: the embeddings, which train at another, stay
+        args = MLFSArguments(stages_to_train=[0], rank=2, fused_head_loss=False, train_embeddings=False, **settings)
         return MLFSTrainer(supernet, args, **data), records
     supernet.train_stage(0)
     trainer = PlainTrainer(supernet.model, TrainingArguments(**settings), **data)

@@ -24,7 +24,7 @@ DEPTHS = SearchSpace((48, 32, 24), (6, 4, 2), (40, 20), (4, 2))  # which layers 
 CLASSIFIER, TEXT = ("bert", "ForSequenceClassification"), ("llama", "ForCausalLM")
 # Each trains alone and on two processes: (model, options). Texts have another number of labels and tokens in each row.
 QUICK: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
-    "classifier": (CLASSIFIER, {}),
+    "classifier": (CLASSIFIER, {"train_embeddings": None}),  # they train
     "text": (TEXT, {}),
     "text, rotated": (TEXT, {"order": "rotation"}),
     "text by activation, in lockstep, a loss of one's own, accumulated": (

@@ -63,6 +63,30 @@ def test_norms_and_embeddings_have_the_rate_of_the_base_in_each_stage(
     assert "norm" not in decayed and {"adapter", "embedding"} <= decayed
 
 
+@pytest.mark.parametrize(
+    "name, suffix, options, expected",
+    [
+        ("bert", "ForSequenceClassification", {}, True),
+        ("bert", "ForSequenceClassification", {"train_embeddings": False}, False),
+        ("bert", "ForMaskedLM", {}, False),
+        ("gpt2", "LMHeadModel", {}, False),
+        ("llama-tied", "ForCausalLM", {}, False),
+        ("llama-tied", "ForCausalLM", {"train_embeddings": True}, True),
+        ("llama", "ForSequenceClassification", {}, True),
+        ("llama", "ForSequenceClassification", {"order": "rotation"}, False),
+    ],
+)
+@pytest.mark.parametrize("stage", [0, 2])
+def test_embeddings_train_by_default_where_no_language_model_s_head_is(
+    name: str, suffix: str, options: dict[str, Any], expected: bool, stage: int, tmp_path: Path
+) -> None:
+    t = trainer(tmp_path, name, suffix, **{"train_embeddings": None, **options})
+    t.stage = stage
+    t._let_train()
+    t.create_optimizer()
+    assert ("embedding" in rates_of(t)) is expected
+
+
 def test_the_rate_of_the_base_is_never_above_that_of_the_adapters(tmp_path: Path) -> None:
     t = trainer(tmp_path, train_norms=True, learning_rate=1e-5, base_learning_rate=1e-4)
     t._let_train()
@@ -130,7 +154,7 @@ def test_a_state_dict_carries_what_trained(name: str, suffix: str, tmp_path: Pat
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options = {"train_norms": True, "train_embeddings": True, "stage_steps": [5], "save_steps": 2}
+    options = {"train_norms": True, "train_embeddings": None, "teacher": "frozen", "stage_steps": [5], "save_steps": 2}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
 
