@@ -103,7 +103,8 @@ def cost(result: dict[str, Any], path: Path) -> None:
         for name, color, style in (
             ("all weights", GREEN, "-."), ("adapters and embeddings", BLUE, "-"), ("adapters", GREY, "--")
         ):  # fmt: skip
-            axes.axhline(result[what][name] / unit, color=color, linestyle=style, label=f"one run, {name}")
+            if name in result[what]:
+                axes.axhline(result[what][name] / unit, color=color, linestyle=style, label=f"one run, {name}")
         axes.set(xlabel="sizes", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     both[0].legend(frameon=False, loc="upper left")

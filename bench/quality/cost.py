@@ -190,7 +190,7 @@ def crossing(palette: float, each: Sequence[float]) -> int | None:
 
 def show(result: dict[str, Any]) -> str:
     """Lays out the cost of n models beside that of each palette, and where they cross."""
-    sizes, names = result["sizes"], list(PALETTES)
+    sizes, names = result["sizes"], [name for name in PALETTES if name in result["milliseconds"]]
     rows = []
     for n in (count for count in (1, 2, 3, 4, 8, 16, 32) if count <= len(sizes)):
         row: dict[str, Any] = {"sizes": n}
