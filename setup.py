@@ -104,7 +104,8 @@ def extension() -> dict:
         links = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += [*links, "-O1", "-g", "-fno-omit-frame-pointer"]
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-    module = CppExtension("mlfs._cpu", sources, extra_compile_args=flags, extra_link_args=links)
+    included = [str(path) for path in Path("csrc").glob("*.[hi]*")]
+    module = CppExtension("mlfs._cpu", sources, depends=included, extra_compile_args=flags, extra_link_args=links)
     commands["build_ext"] = OptionalBuild.with_options(use_ninja=False)
     return {"ext_modules": [module], "cmdclass": commands}
 

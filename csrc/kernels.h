@@ -20,6 +20,8 @@ struct Piece {
   int64_t depth;
 };
 
+constexpr int64_t FEW_ROWS = 32;  // of which products read b as it lies: packing would not pay
+
 // y = act(scale * Σ a · bᵀ + bias) * operand + residual over pieces one after the other in the same sum. Rows of z, y,
 // operand and residual are `columns` numbers side by side; null pointers leave a term out.
 template <typename T>
@@ -122,6 +124,7 @@ template <typename T>
 struct Kernels {
   const char* name;
   int64_t rows, width;  // of a tile of a product
+  int64_t group;        // tiles beside each other that read a while it is in a cache
   void (*multiply)(const Product<T>&, int64_t row, int64_t last_row, int64_t column, int64_t last_column);
   void (*activation_backward)(const ActivationBackward<T>&, int64_t begin, int64_t end);
   void (*add_norm)(const AddNorm<T>&, int64_t begin, int64_t end);

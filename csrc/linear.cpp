@@ -2,6 +2,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <deque>
 
 #include "operators.h"
@@ -24,10 +25,18 @@ class Products {
 
   void run() const {
     const Kernels<T>& k = kernels<T>();
-    const int64_t block = 8 * k.rows;  // rows of a unit of work; its columns are those of a panel
-    auto units = [&](const Product<T>& p) {
-      return (p.rows + block - 1) / block * ((p.columns + k.width - 1) / k.width);
+    const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    // A unit of work has `block` rows, few, so that threads get as much each, and `wide` columns: as many as are
+    // multiplied at once, or fewer, so that no two threads pack the same ones; many rows want four tiles or more, as all
+    // of a is read for each unit's columns.
+    const auto block = [&](const Product<T>& p) { return p.rows <= FEW_ROWS ? FEW_ROWS : 2 * k.rows; };
+    const auto wide = [&](const Product<T>& p) {
+      const int64_t tiles = std::max<int64_t>(1, ceil(p.columns, k.width));
+      const int64_t least = ceil(tiles, p.rows <= FEW_ROWS ? 1 : k.group);
+      const int64_t most = p.rows < 512 ? tiles : std::max(least, tiles / 4);
+      return ceil(tiles, std::clamp<int64_t>(at::get_num_threads(), least, most)) * k.width;
     };
+    const auto units = [&](const Product<T>& p) { return ceil(p.rows, block(p)) * ceil(p.columns, wide(p)); };
     int64_t total = 0;
     double work = 0;  // in microseconds: of arithmetic, or of reading b
     for (const Product<T>& p : products_) {
@@ -41,12 +50,12 @@ class Products {
       for (const Product<T>& p : products_) {
         const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, units(p));
         first += units(p);
-        const int64_t blocks = (p.rows + block - 1) / block;
-        for (int64_t unit = from, next; unit < to; unit = next) {  // row after row of the same panel
-          const int64_t panel = unit / blocks, column = panel * k.width;
-          next = std::min(to, (panel + 1) * blocks);
-          k.multiply(p, unit % blocks * block, std::min(p.rows, ((next - 1) % blocks + 1) * block), column,
-                     std::min(p.columns, column + k.width));
+        const int64_t height = block(p), blocks = ceil(p.rows, height), columns = wide(p);
+        for (int64_t unit = from, next; unit < to; unit = next) {  // row after row of the same columns
+          const int64_t group = unit / blocks, column = group * columns;
+          next = std::min(to, (group + 1) * blocks);
+          k.multiply(p, unit % blocks * height, std::min(p.rows, ((next - 1) % blocks + 1) * height), column,
+                     std::min(p.columns, column + columns));
         }
       }
     });

@@ -5,6 +5,8 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 
+#include <atomic>
+
 #include "operators.h"
 
 namespace mlfs {
@@ -177,12 +179,15 @@ Attention<T> attention_of(const Tensor& q, const Tensor& k, const Tensor& v, con
   return work;
 }
 
-// Runs `one(range, head)` for every range and head
+// Runs `one(range, head)` for every range and head. Ranges differ in length, so that each thread takes the next one when
+// it has done its last.
 template <typename F>
 void over_heads(const Tensor& ranges, int64_t heads, const F& one) {
   const Range* all = reinterpret_cast<const Range*>(ranges.data_ptr<int64_t>());
-  at::parallel_for(0, ranges.size(0) * heads, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++)
+  const int64_t count = ranges.size(0) * heads;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
       if (all[i / heads].to > all[i / heads].from) one(all[i / heads], i % heads);
   });
 }

@@ -46,10 +46,18 @@ def test_the_sliced_product_across_vectors_and_tails(dtype, data):
 @TYPES
 @pytest.mark.parametrize(
     ("tokens", "n", "m", "stages"),
-    [(700, 2100, 70, 1), (530, 40, 2100, 1), (40, 30, 50, 35), (33, 5000, 1, 0), (1, 4099, 33, 2), (3, 33, 4099, 2)],
+    [
+        (1100, 1100, 70, 1),
+        (40, 600, 1100, 1),
+        (530, 40, 2100, 1),
+        (40, 30, 50, 35),
+        (33, 5000, 1, 0),
+        (1, 4099, 33, 2),
+        (3, 33, 4099, 2),
+    ],
 )
 def test_the_sliced_product_at_the_limits_of_its_blocks(dtype, tokens, n, m, stages):
-    """Sums too deep to be packed at once, more rows than wait for them, more pieces than are read together."""
+    """Sums too deep to pack at once, more rows than wait for them, more columns or pieces than are read together."""
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape: int) -> Tensor:
@@ -57,6 +65,38 @@ def test_the_sliced_product_at_the_limits_of_its_blocks(dtype, tokens, n, m, sta
 
     lora = [some(2, n + 3) for _ in range(stages)], [some(m + 5, 2) for _ in range(stages)], [0.5] * stages
     agree(Call(some(tokens, n), some(m + 5, n + 3), some(m + 5), *lora, [0, m]))
+
+
+@TYPES
+@pytest.mark.parametrize("rows", [1, 8, 13, 40, 500])
+@pytest.mark.parametrize("turned", [False, True], ids=["rows of b", "columns of b"])
+def test_products_read_factors_as_they_lie(dtype, rows, turned):
+    """Slices of both factors, transposed or not, of widths that are whole vectors and are not."""
+    generator = torch.Generator().manual_seed(rows)
+    for columns, depth in [(16, 64), (64, 700), (65, 64), (300, 1)]:
+        a = torch.randn(depth + 3, rows + 2, generator=generator, dtype=dtype)[:depth, :rows].t()
+        b = torch.randn(depth + 3, columns + 5, generator=generator, dtype=dtype)[:depth, :columns].t()
+        if not turned:
+            a, b = a.contiguous(), b.contiguous()
+        out = torch.full((rows, columns + 4), torch.nan, dtype=dtype)
+        cpu.product(a, b, None, out[:, :columns])
+        close(out[:, :columns], a.double() @ b.double().t(), dtype)
+        assert out[:, columns:].isnan().all()
+
+
+@TYPES
+@pytest.mark.parametrize("m", [40, 512, 513])
+def test_empty_spans_change_nothing(dtype, m):
+    """Also where the depth before them fills what is read together."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(m, 60, generator=generator, dtype=dtype)
+    dy = torch.randn(50, m, generator=generator, dtype=dtype)
+    found = [
+        cpu.linear_backward([dy], None, [dy[:, :0]], [(weight, None, [], [], [], spans)], [[]], True, 60)[0]
+        for spans in ([0, m], [0, m, m, 0], [0, 0, 0, m, m, 0, m, 0])
+    ]
+    close(found[0], dy.double() @ weight.double(), dtype, scale=4)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @TYPES
