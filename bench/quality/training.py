@@ -3,13 +3,15 @@
     python -m bench.quality.training --only teachers                  the whole model, fine-tuned: stage 0
     python -m bench.quality.training --only palettes --variants 'all weights'
     python -m bench.quality.training --only twins                     the strong alternative: one size a run
+    python -m bench.quality.training --only finished --sizes 2 3      sizes of a palette that train on alone
     python -m bench.quality.training --table                          prints the recorded results
 
 MiniLM on 16,000 sentences of SST-2, or all of another task's examples. Teachers are fine-tuned once for each seed, and
 kept in `runs/`; palettes are trained from one in stages 1 and 2, half a pass each, unless a variant says otherwise;
 twins are the same slices of the same teacher, ordered the same way, each trained alone for one pass with all of its
-weights, distilled from that teacher. Every run is kept as it ends, and is not run again. Scores are the task's metric
-on the dev set, and on examples of the training set that were held back, by which settings are chosen.
+weights, distilled from that teacher; what is finished trains on alone after the palette, for half a pass, as `mlfs
+finish` does. Every run is kept as it ends, and is not run again. Scores are the task's metric on the dev set, and on
+examples of the training set that were held back, by which settings are chosen.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from mlfs.files import write_json
 from mlfs.models.pretrained import MINILM
 from mlfs.report.table import table
 from mlfs.supernet.checkpoint import CONFIG_NAME
+from mlfs.training.finishing import FinishingTrainer
 
 RESULTS = ROOT / "bench" / "results" / "training.json"
 GLUE = ROOT.parent / "shared" / "data" / "glue"
@@ -85,13 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="SST-2", help="a folder of --data; SST-2:2000 takes so many examples")
     parser.add_argument("--data", type=Path, default=GLUE)
-    parser.add_argument("--only", choices=["teachers", "palettes", "twins"], help="one kind of run")
+    parser.add_argument("--only", choices=["teachers", "palettes", "twins", "finished"], help="one kind of run")
     parser.add_argument("--teachers", nargs="+", default=["base"], help=f"of {', '.join(TEACHERS)}, or JSON of options")
     parser.add_argument(
         "--variants", nargs="+", default=["adapters", "all weights"], help=f"of {'; '.join(VARIANTS)}; or JSON"
     )
-    parser.add_argument("--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of the twins, by number")
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates of the twins")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=range(1, len(SUBNETS)), help="of twins and finished, by number"
+    )
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4], help="learning rates of twins and finished")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the recorded results and stop")
@@ -126,6 +131,15 @@ def run(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
                 for size in given.sizes:
                     name = f"{SUBNETS[size]}, lr {rate:g}"
                     once("twins", name, seed, lambda *a, n=size, r=rate, s=seed: train_twin(subject, n, r, s))
+        if given.only == "finished":
+            for name in given.variants:
+                for rate in given.rates:
+                    once(
+                        "finished",
+                        f"{name}, lr {rate:g}",
+                        seed,
+                        lambda n=name, r=rate, s=seed: train_finished(subject, n, r, s, given.sizes),
+                    )
 
 
 def _record(path: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
@@ -238,6 +252,26 @@ def train_palette(subject: Subject, name: str, seed: int) -> dict[str, Any]:
     found = scores(trainer, subject)
     shutil.rmtree(trainer.run_folder)
     return {"seconds": seconds, **found, "options": options}
+
+
+def train_finished(subject: Subject, name: str, rate: float, seed: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """Trains a palette, then each of `sizes` on alone; returns their scores before and after."""
+    trainer, options = palette_trainer(subject, name, seed)
+    trainer.train()
+    before = scores(trainer, subject)
+    found: dict[str, Any] = {"dev": {}, "held_back": {}, "options": options, "seconds": 0.0}
+    for size in sizes:
+        set_seed(seed)
+        given = arguments_of(seed, RUNS / "finished", num_train_epochs=0.5, base_learning_rate=rate, warmup_steps=0.1)
+        alone = FinishingTrainer(trainer.supernet, SUBNETS[size], MLFSArguments(**given), **subject.of_trainer())
+        start = time.perf_counter()
+        alone.train()
+        found["seconds"] += time.perf_counter() - start
+        for measured, score in scores(alone, subject).items():
+            small = str(SUBNETS[size])
+            found[measured] |= {f"{small} before": before[measured][small], small: score}
+    shutil.rmtree(trainer.run_folder)
+    return found
 
 
 def palette_trainer(subject: Subject, name: str, seed: int) -> tuple[MLFSTrainer, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Inference parts of `bench.speed.cpu_step`: latency of each size, the price of switching, and decoding."""
 
+import copy
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -21,22 +22,27 @@ from mlfs import Subnet, SuperTransformer, without_padding
 
 
 def inference(repeats: int) -> dict[str, Any]:
-    """Times each size, stages unmerged, against the extracted plain model; and switching between calls."""
+    """Times each size, stages apart and merged, against the extracted plain model; and switching between calls."""
     found: dict[str, Any] = {}
     supernet = with_stages(supernet_of("encoder")).eval()
+    merged = copy.deepcopy(supernet)
+    merged.merge_stages(merged.trained_stages)
     padded = {name: value for name, value in encoder_batch().items() if name != "labels"}
     batches = {"1": one_sentence(), "32": padded, "32, without padding": padded}
     for subnet in ENCODER_SUBNETS:
         small = supernet.extract(subnet).eval()
         for rows, batch in batches.items():
+            packs = "without" in rows
             variants = {
-                "mlfs": _active_call(supernet, subnet, batch, packs="without" in rows),
+                "mlfs": _active_call(supernet, subnet, batch, packs),
+                "merged": _active_call(merged, subnet, batch, packs),
                 "extracted": _plain_call(small, batch),
             }
             case = f"{subnet}, batch {rows}"
             times = alternate(variants, 3 * repeats, case)
             found[case] = {name: spread(values) for name, values in times.items()}
             found[case]["ratio"] = spread(ratios(times["mlfs"], times["extracted"]))
+            found[case]["merged ratio"] = spread(ratios(times["merged"], times["extracted"]))
     found["switching"] = _switching(supernet, batches["1"], repeats)
     return found
 

@@ -2,7 +2,7 @@
 
     python -m bench.speed.cpu_step                  everything, a quarter of an hour on two cores (or: make bench-cpu)
     python -m bench.speed.cpu_step --only encoder   one part: encoder, decoder, memory, inference, decoding, scaling
-    python -m bench.speed.cpu_step --table          prints the recorded results
+    python -m bench.speed.cpu_step --table          prints the results recorded for this instruction set
 
 Training: one step of `MLFSTrainer` over four sizes (maxnet teaches the others) against one step of each size with PEFT
 (LoRA of rank 8 on every linear, distilled from the full model, whose forward pass is part of the step); the same batch,
@@ -26,7 +26,7 @@ from bench.speed.cpu_training import decoder, encoder, memory, peak_of, scaling
 from mlfs.files import write_json
 from mlfs.ops.backend import cpp, why_no_cpp
 
-RESULTS = Path(__file__).parents[1] / "results" / "cpu_step.json"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS: dict[str, Callable[[int], Any]] = {
     "encoder": encoder,
     "decoder": decoder,
@@ -42,19 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", choices=list(PARTS), help="default: all")
     parser.add_argument("--repeats", type=int, default=11, help="of each variant (a third of it for the decoder)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=None, help="default: a file for the instruction set")
     parser.add_argument("--table", action="store_true", help="print the recorded results and stop")
     parser.add_argument("--one", choices=["mlfs", "peft", "nothing"], help=argparse.SUPPRESS)  # of the memory part
     given = parser.parse_args(arguments)
     if given.one:
         print(peak_of(given.one))
         return
-    result: dict[str, Any] = json.loads(given.output.read_text()) if given.output.exists() else {}
+    output: Path = given.output or results()
+    result: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     if not given.table:
         for part in given.only or PARTS:
             measure(part, given.repeats, given.seed, result)
-            write_json(given.output, result)
+            write_json(output, result)
     print(show(result))
+
+
+def results() -> Path:
+    """Names the file of results of the instruction set that the extension uses here: those of others stay."""
+    instructions = "none" if why_no_cpp() else cpp().instructions()
+    return RESULTS / ("cpu_step.json" if instructions == "avx512" else f"cpu_step_{instructions}.json")
 
 
 def measure(part: str, repeats: int, seed: int, result: dict[str, Any]) -> None:

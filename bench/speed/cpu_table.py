@@ -23,9 +23,11 @@ def show(result: dict[str, Any]) -> str:
                 "extracted": _ms(found["extracted"]),
                 "ratio": _ratio(found["ratio"]),
             }
+            | ({"merged ratio": _ratio(found["merged ratio"])} if "merged" in found else {})
             for case, found in cases.items()
         ]
-        lines += ["", "Inference, stages unmerged", table(rows), f"switching sizes: {switching * 1e3:.3f} ms a call"]
+        title = "Inference, stages apart (merged: by supernet.merge_stages), against the extracted model"
+        lines += ["", title, table(rows), f"switching sizes: {switching * 1e3:.3f} ms a call"]
     if "decoding" in result:
         rows = [{"size": size, **found, "ratio": _ratio(found["ratio"])} for size, found in result["decoding"].items()]
         lines += ["", "Decoding", table(rows)]
