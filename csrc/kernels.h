@@ -29,6 +29,11 @@ struct Product {
   int64_t rows, columns;
   const Piece<T>* pieces;
   int64_t count;
+  // What b of the only piece is without: Σ scale * a · bᵀ, transposed, of a (depth, rank) and b (columns, rank). It is
+  // added to b where b is packed.
+  const Piece<T>* updates;
+  int64_t update_count;
+  const T* update_scales;
   T scale;
   int activation;
   const T* bias;  // (columns)

@@ -14,7 +14,7 @@ Tensor encoder_layer(const Tensor& x, const std::vector<Layer>& projections, con
   const int64_t rows = x.size(0), tokens = x.size(1);
   const Tensor flat = x.reshape({rows * tokens, x.size(2)});
   const auto one = [](const Tensor& from, const Layer& layer, int64_t act, const Maybe& residual) {
-    return std::get<0>(linear_forward(from, {layer}, act, std::nullopt, residual, false)[0]);
+    return linear_outputs(from, {layer}, act, std::nullopt, residual)[0];
   };
   const auto normed = [](const Tensor& s, const Norm& of) {
     const auto& [weight, bias, eps] = of;
@@ -22,8 +22,7 @@ Tensor encoder_layer(const Tensor& x, const std::vector<Layer>& projections, con
     return std::get<0>(add_norm(s, std::nullopt, cut(weight), cut(bias), eps, false, 0, 0));
   };
   Tensors heads;
-  for (const Forward& part : linear_forward(flat, projections, NONE, std::nullopt, std::nullopt, false)) {
-    const Tensor& y = std::get<0>(part);
+  for (const Tensor& y : linear_outputs(flat, projections, NONE, std::nullopt, std::nullopt)) {
     TORCH_CHECK(y.size(1) % dim == 0, "a projection to ", y.size(1), " numbers, heads have ", dim);
     heads.push_back(y.view({rows, tokens, y.size(1) / dim, dim}));
   }

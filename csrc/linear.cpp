@@ -23,8 +23,14 @@ class Products {
     return p;
   }
 
+  void update(Product<T>& p, std::vector<Piece<T>> updates, const T* scales) {
+    pieces_.push_back(std::move(updates));
+    p.updates = pieces_.back().data(), p.update_count = pieces_.back().size(), p.update_scales = scales;
+  }
+
   void run() const {
     const Kernels<T>& k = kernels<T>();
+    const int64_t threads = at::get_num_threads();  // asked once: a thread that has not worked yet counts others
     const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     // A unit of work has `block` rows, few, so that threads get as much each, and `wide` columns: as many as are
     // multiplied at once, or fewer, so that no two threads pack the same ones; many rows want four tiles or more, as all
@@ -34,7 +40,7 @@ class Products {
       const int64_t tiles = std::max<int64_t>(1, ceil(p.columns, k.width));
       const int64_t least = ceil(tiles, p.rows <= FEW_ROWS ? 1 : k.group);
       const int64_t most = p.rows < 512 ? tiles : std::max(least, tiles / 4);
-      return ceil(tiles, std::clamp<int64_t>(at::get_num_threads(), least, most)) * k.width;
+      return ceil(tiles, std::clamp(threads, least, most)) * k.width;
     };
     const auto units = [&](const Product<T>& p) { return ceil(p.rows, block(p)) * ceil(p.columns, wide(p)); };
     int64_t total = 0;
@@ -120,8 +126,15 @@ Tensor zeros_unless(bool whole, const Tensor& like) {
 
 }  // namespace
 
-std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
-                                    const Maybe& operand_, const Maybe& residual_, bool keep) {
+namespace {
+
+// Whether so many tokens pay for adding updates of W (m, n) to it while it is packed: it takes r · m · n steps, and
+// multiplying with them apart r · rows · (m + n)
+bool pays_to_update(int64_t rows, int64_t m, int64_t n) { return rows > FEW_ROWS && rows * (m + n) > 2 * m * n; }
+
+// `linear_forward`; without h where `for_y_alone`
+std::vector<Forward> forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
+                             const Maybe& operand_, const Maybe& residual_, bool keep, bool for_y_alone) {
   at::NoGradGuard no_grad;
   check_tensor(x, 2, x.scalar_type(), "x");
   for (const Maybe& t : {operand_, residual_}) check_tensor(t, 2, x.scalar_type(), "operand or residual");
@@ -136,6 +149,7 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linear_forward", [&] {
     using T = scalar_t;
     Products<T> thin, products;
+    std::deque<std::vector<T>> factors;
     for (const Layer& layer : layers) {
       check(layer, n, x.scalar_type());
       const auto& [weight, bias, a, b, scales, spans] = layer;
@@ -143,7 +157,8 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
       for (const Maybe& t : {operand, residual})
         TORCH_CHECK(!t || (t->size(0) == rows && t->size(1) == m),
                     "operand or residual of ", t->sizes(), ", the product is of ", rows, " x ", m);
-      const Tensor y = at::empty({rows, m}, x.options()), h = at::empty({rows, ranks}, x.options());
+      const bool updates = for_y_alone && pays_to_update(rows, m, n);
+      const Tensor y = at::empty({rows, m}, x.options()), h = at::empty({updates ? 0 : rows, ranks}, x.options());
       const Tensor z = at::empty({keep ? rows : 0, m}, x.options());
       out.emplace_back(y, h, z);
       if (!y.numel()) {
@@ -151,19 +166,24 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
         continue;
       }
       int64_t rank = 0;
-      for (size_t s = 0; s < a.size(); rank += a[s].size(0), s++)
+      const std::vector<T>& factor = factors.emplace_back(scales.begin(), scales.end());
+      for (size_t s = 0; s < a.size() && !updates; rank += a[s].size(0), s++)
         thin.add(rows, a[s].size(0), {piece<T>(x, 0, false, a[s], 0, 0, false, n)}, scales[s], data<T>(h) + rank,
                  ranks);
       if (bias) biases.push_back(bias->contiguous());
       int64_t column = 0;
       for (size_t i = 0; i < spans.size(); column += spans[i + 1], i += 2) {
         std::vector<Piece<T>> pieces = {piece<T>(x, 0, false, weight, spans[i], 0, false, n)};
+        std::vector<Piece<T>> added;
         rank = 0;
-        for (const Tensor& up : b) {
-          pieces.push_back(piece<T>(h, rank, false, up, spans[i], 0, false, up.size(1)));
-          rank += up.size(1);
+        for (size_t s = 0; s < b.size(); rank += b[s].size(1), s++) {
+          if (updates)
+            added.push_back(piece<T>(a[s], 0, true, b[s], spans[i], 0, false, b[s].size(1)));
+          else
+            pieces.push_back(piece<T>(h, rank, false, b[s], spans[i], 0, false, b[s].size(1)));
         }
         Product<T>& p = products.add(rows, spans[i + 1], std::move(pieces), 1, data<T>(y) + column, m);
+        if (updates) products.update(p, std::move(added), factor.data());
         p.activation = activation;
         if (bias) p.bias = data<T>(biases.back()) + spans[i];
         if (keep) p.z = data<T>(z) + column, p.z_stride = m;
@@ -174,6 +194,20 @@ std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& l
     thin.run();
     products.run();
   });
+  return out;
+}
+
+}  // namespace
+
+std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
+                                    const Maybe& operand, const Maybe& residual, bool keep) {
+  return forward(x, layers, activation, operand, residual, keep, false);
+}
+
+Tensors linear_outputs(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
+                       const Maybe& residual) {
+  Tensors out;
+  for (Forward& one : forward(x, layers, activation, operand, residual, false, true)) out.push_back(std::get<0>(one));
   return out;
 }
 
@@ -275,11 +309,11 @@ Tensors linear(const Tensor& x, const std::vector<Layer>& layers, int64_t activa
   for (const Maybe& t : {operand, residual})
     TORCH_CHECK(!t || (t->dim() == x.dim() && t->sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1)),
                 "operand or residual of ", t->sizes(), ", x is of ", x.sizes());
-  Tensors out;
-  for (Forward& one : linear_forward(x.reshape({-1, n}), layers, activation, flat(operand), flat(residual), false)) {
+  Tensors out = linear_outputs(x.reshape({-1, n}), layers, activation, flat(operand), flat(residual));
+  for (Tensor& y : out) {
     std::vector<int64_t> shape = x.sizes().vec();
-    shape.back() = std::get<0>(one).size(1);
-    out.push_back(std::get<0>(one).view(shape));
+    shape.back() = y.size(1);
+    y = y.view(shape);
   }
   return out;
 }

@@ -75,6 +75,9 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>;
 
 std::vector<Forward> linear_forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
                                     const Maybe& operand, const Maybe& residual, bool keep);
+// y alone
+Tensors linear_outputs(const Tensor& x, const std::vector<Layer>& layers, int64_t activation, const Maybe& operand,
+                       const Maybe& residual);
 std::tuple<Tensor, std::vector<Tensors>> linear_backward(const Tensors& dy, const Maybe& x, const std::vector<Maybe>& h,
                                                          const std::vector<Layer>& layers,
                                                          const std::vector<std::vector<bool>>& trains, bool needs_dx,

@@ -85,6 +85,32 @@ def test_products_read_factors_as_they_lie(dtype, rows, turned):
 
 
 @TYPES
+@pytest.mark.parametrize(("rows", "n", "m"), [(300, 100, 90), (700, 600, 330), (1100, 40, 17), (34, 9, 6), (34, 9, 60)])
+def test_without_gradients_many_tokens_read_a_weight_with_its_updates(dtype, rows, n, m):
+    """As the same layer computes with its stages apart, whether or not updates are added to the weight meanwhile."""
+    generator = torch.Generator().manual_seed(m)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype) / shape[-1] ** 0.5
+
+    ranks, scales, spans = (3, 0, 9), [0.5, 1.0, -2.0], [2, m // 2, m // 2 + 4, m - m // 2]
+    lora_a, lora_b = [some(r, n + 1) for r in ranks], [some(m + 7, r) for r in ranks]
+    layer = some(m + 7, n + 3), some(m + 7), lora_a, lora_b, scales, spans
+    x, residual = some(rows, n), some(rows, m)
+    (y,) = cpu.linear(x, [layer], 1, None, residual)
+    merged = layer[0][:, :n].double().clone()
+    for a, b, scale in zip(lora_a, lora_b, scales, strict=True):
+        merged += scale * b.double() @ a[:, :n].double()
+    kept = torch.cat(
+        [torch.arange(start, start + length) for start, length in zip(spans[::2], spans[1::2], strict=True)]
+    )
+    exact = torch.nn.functional.gelu(x.double() @ merged[kept].t() + layer[1][kept].double()) + residual.double()
+    close(y, exact, dtype)
+    apart, _, _ = cpu.linear_forward(x, [layer], 1, None, residual, False)[0]
+    close(apart, exact, dtype)
+
+
+@TYPES
 @pytest.mark.parametrize("m", [40, 512, 513])
 def test_empty_spans_change_nothing(dtype, m):
     """Also where the depth before them fills what is read together."""
