@@ -70,7 +70,7 @@ def test_each_side_of_the_palette_has_its_own_record(tmp_path, monkeypatch):
     assert {side: record["seed"] for side, record in records.items()} == {"mlfs": 3, "peft": 4}
 
 
-@pytest.mark.parametrize("name", ["cpu_step", "palette_quality"])
+@pytest.mark.parametrize("name", ["cpu_step", "cpu_step_avx2", "palette_quality"])
 def test_recorded_results_say_which_commit_versions_and_machine(name):
     result = json.loads((BENCH / "results" / f"{name}.json").read_text())
     parts = result.keys() - {"environments", "sentences", "parameters"}
