@@ -129,8 +129,13 @@ Tensor zeros_unless(bool whole, const Tensor& like) {
 namespace {
 
 // Whether so many tokens pay for adding updates of W (m, n) to it while it is packed: it takes r · m · n steps, and
-// multiplying with them apart r · rows · (m + n)
-bool pays_to_update(int64_t rows, int64_t m, int64_t n) { return rows > FEW_ROWS && rows * (m + n) > 2 * m * n; }
+// multiplying with them apart r · rows · (m + n). What would not be packed without updates is not with them: updates of
+// zeros leave every bit as it is.
+bool pays_to_update(int64_t rows, int64_t m, int64_t n, const Numbers& spans, int64_t lanes) {
+  for (size_t i = 1; i < spans.size(); i += 2)
+    if (spans[i] <= lanes) return false;
+  return rows > FEW_ROWS && rows * (m + n) > 2 * m * n;
+}
 
 // `linear_forward`; without h where `for_y_alone`
 std::vector<Forward> forward(const Tensor& x, const std::vector<Layer>& layers, int64_t activation,
@@ -157,7 +162,7 @@ std::vector<Forward> forward(const Tensor& x, const std::vector<Layer>& layers, 
       for (const Maybe& t : {operand, residual})
         TORCH_CHECK(!t || (t->size(0) == rows && t->size(1) == m),
                     "operand or residual of ", t->sizes(), ", the product is of ", rows, " x ", m);
-      const bool updates = for_y_alone && pays_to_update(rows, m, n);
+      const bool updates = for_y_alone && pays_to_update(rows, m, n, spans, kernels<T>().width / 2);
       const Tensor y = at::empty({rows, m}, x.options()), h = at::empty({updates ? 0 : rows, ranks}, x.options());
       const Tensor z = at::empty({keep ? rows : 0, m}, x.options());
       out.emplace_back(y, h, z);

@@ -111,6 +111,21 @@ def test_without_gradients_many_tokens_read_a_weight_with_its_updates(dtype, row
 
 
 @TYPES
+@pytest.mark.parametrize("rows", [1, 20, 40, 700])
+@pytest.mark.parametrize(("n", "m"), [(30, 7), (30, 40), (1100, 40), (600, 300)])
+def test_stages_of_zeros_leave_every_bit_as_it_is(dtype, rows, n, m):
+    """What is restored may count a stage that has no effect where the model it was saved from does not."""
+    generator = torch.Generator().manual_seed(m)
+    x, weight = (torch.randn(size, n, generator=generator, dtype=dtype) for size in (rows, m))
+    stage = [torch.randn(3, n, generator=generator, dtype=dtype)], [torch.zeros(m, 3, dtype=dtype)], [2.0]
+    for call in (
+        lambda layer: cpu.linear(x, [layer], 0, None, None)[0],
+        lambda layer: cpu.linear_forward(x, [layer], 0, None, None, False)[0][0],
+    ):
+        assert torch.equal(call((weight, None, *stage, [0, m])), call((weight, None, [], [], [], [0, m])))
+
+
+@TYPES
 @pytest.mark.parametrize("m", [40, 512, 513])
 def test_empty_spans_change_nothing(dtype, m):
     """Also where the depth before them fills what is read together."""

@@ -93,7 +93,8 @@ def test_compiled_without_graph_breaks_each_subnet_equals_eager(name, suffix):
     batch = inputs() | {"use_cache": False}
     for key in ("max", "per layer, without layer 0", "max"):
         with torch.no_grad(), supernet.activate(subnets_of(name)[key]):
-            torch.testing.assert_close(compiled(**batch).logits, supernet(**batch).logits, rtol=1e-5, atol=1e-6)
+            # compiled, stages are multiplied apart; eager, the extension may add them to the weight
+            torch.testing.assert_close(compiled(**batch).logits, supernet(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_training_gives_the_gradients_of_eager():

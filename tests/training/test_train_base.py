@@ -176,7 +176,8 @@ def test_both_executions_give_the_same_weights(name: str, suffix: str, execution
         t.train()
         runs.append(own(t.supernet))
     for key, value in runs[0].items():
-        torch.testing.assert_close(runs[1][key], value, rtol=1e-3, atol=1e-5)
+        # Adam's steps of 1e-4 are as long where a gradient is next to nothing, whatever its rounding
+        torch.testing.assert_close(runs[1][key], value, rtol=1e-3, atol=5e-5)
 
 
 def test_an_optimizer_of_weights_that_no_longer_train_is_refused() -> None:
