@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from bench.environment import ROOT, environment
 from bench.quality.palette import SPACE, SUBNETS, Distilled, Inputs
@@ -56,6 +57,7 @@ PLAIN: dict[str, Any] = {
 FROZEN: dict[str, Any] = {"teacher": "frozen", "warmup_steps": 0.1}
 ONE_STAGE: dict[str, Any] = {"stages_to_train": [2], "stage_epochs": [1.0]}
 BESIDE: dict[str, Any] = {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3, "base_learning_rate": 3e-4}
+BEST: dict[str, Any] = {**BESIDE, "train_embeddings": True}
 # For stage 0.
 TEACHERS: dict[str, dict[str, Any]] = {
     "adapters": {},
@@ -64,7 +66,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "base": {"train_base": [0]},
     "base, warm-up": {"warmup_steps": 0.1, "train_base": [0]},
 }
-# For stages 1 and 2; "from" names another teacher than `base`.
+# For stages 1 and 2; "from" names another teacher than `base`, "average" is the decay of `Averaged`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "adapters": {**FROZEN, "learning_rate": 3e-3},
     "adapters, lr 1e-3": {"teacher": "frozen"},
@@ -72,8 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters, one stage": {**FROZEN, **ONE_STAGE, "learning_rate": 3e-3},
     "adapters and embeddings": {**FROZEN, "learning_rate": 3e-3, "base_learning_rate": 3e-4, "train_embeddings": True},
     "adapters and norms, one stage": {**BESIDE, "train_norms": True},
-    "adapters and embeddings, one stage": {**BESIDE, "train_embeddings": True},
-    "adapters, norms and embeddings, one stage": {**BESIDE, "train_norms": True, "train_embeddings": True},
+    "adapters and embeddings, one stage": BEST,
+    "adapters, norms and embeddings, one stage": {**BEST, "train_norms": True},
     "adapters, maxnet teaches": {"warmup_steps": 0.1, "learning_rate": 3e-3},
     "adapters, maxnet teaches, lr 1e-3": {},
     "all weights": {**FROZEN, "train_base": [1, 2], "base_learning_rate": 2e-4},
@@ -81,6 +83,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all weights, one stage": {**FROZEN, **ONE_STAGE, "train_base": [2], "base_learning_rate": 3e-4},
     "all weights, maxnet teaches": {"train_base": [1, 2], "base_learning_rate": 2e-4, "warmup_steps": 0.1},
     "all weights, maxnet teaches, lr 1e-4": {"train_base": [1, 2], "base_learning_rate": 1e-4},
+    # One thing each that differs from "adapters and embeddings, one stage".
+    "gamma 0": {**BEST, "gamma": 0.0},
+    "gamma 1": {**BEST, "gamma": 1.0},
+    "alpha 0.5": {**BEST, "distill_alpha": 0.5},
+    "alpha 1": {**BEST, "distill_alpha": 1.0},
+    "beta 0": {**BEST, "distill_beta": [0.0]},
+    "beta 1": {**BEST, "distill_beta": [1.0]},
+    "hidden states of the last layer alone": {**BEST, "distill_beta": [0.0, 0.0, 0.0, 0.0, 0.0, 0.1]},
+    "temperature 2": {**BEST, "temperature": 2.0},
+    "rank 2": {**BEST, "rank": 2, "lora_alpha": 4.0},
+    "rank 32": {**BEST, "rank": 32, "lora_alpha": 64.0},
+    "cosine": {**BEST, "lr_scheduler_type": "cosine"},
+    "batches of 16": {**BEST, "per_device_train_batch_size": 16},
+    "two sizes a step": {**BEST, "subnets_per_step": 2},
+    "six sizes a step": {**BEST, "subnets_per_step": 6},
+    "sizes drawn at random": {**BEST, "subnet_sampling": "random"},
+    "averaged weights": {**BEST, "average": 0.99},
 }  # fmt: skip
 
 
@@ -277,12 +296,35 @@ def train_finished(subject: Subject, name: str, rate: float, seed: int, sizes: S
 def palette_trainer(subject: Subject, name: str, seed: int) -> tuple[MLFSTrainer, dict[str, Any]]:
     """Makes the trainer of a variant, and returns its options."""
     options = {**PLAIN, "stage_epochs": [0.5], **_options(VARIANTS, name)}
+    callbacks = [Averaged(options.pop("average"))] if "average" in options else []
     supernet = _from_teacher(subject, options.pop("from", "base"), seed, options)
     set_seed(seed)
     palette = json.dumps({str(subnet): subnet.to_dict() for subnet in SUBNETS})
     folder = RUNS / f"palette-{os.getpid()}"
     given = arguments_of(seed, folder, **{"stages_to_train": [1, 2], "palette": palette, **options}, overwrite_run=True)
-    return MLFSTrainer(supernet, MLFSArguments(**given), **subject.of_trainer()), options
+    return MLFSTrainer(supernet, MLFSArguments(**given), callbacks=callbacks, **subject.of_trainer()), options
+
+
+class Averaged(TrainerCallback):
+    """Keeps a moving average of what trains, and leaves it in place of the last weights."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Takes the weights after an update in."""
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                before = self.average.setdefault(name, weight.detach().clone())
+                before.lerp_(weight.detach(), 1 - self.decay)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Puts the average into the model."""
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in self.average:
+                    weight.copy_(self.average[name])
 
 
 def train_twin(subject: Subject, size: int, rate: float, seed: int) -> dict[str, Any]:
