@@ -124,10 +124,6 @@ Tensor zeros_unless(bool whole, const Tensor& like) {
   return whole ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
 }
 
-}  // namespace
-
-namespace {
-
 // Whether so many tokens pay for adding updates of W (m, n) to it while it is packed: it takes r · m · n steps, and
 // multiplying with them apart r · rows · (m + n). What would not be packed without updates is not with them: updates of
 // zeros leave every bit as it is.
